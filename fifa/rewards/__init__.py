@@ -1,0 +1,125 @@
+"""What scores a picture: one contract, one table, one file for each family of scorers.
+
+A new scorer is one class with `name`, `differentiable` and `__call__`, and one line in REWARDS.
+Outside code plugs in as `package.module:factory`, and `0.7*mini+0.3*neatness` adds them up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+from fifa.config import InputError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BrokenRewardError(InputError):
+    """A reward returned something that no reward may return, whatever it was asked."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Images (N, 3, H, W) float in [0, 1] and N prompts -> float32 (N,), higher is better.
+
+    The score of an image does not depend on its neighbours in the batch. A reward that cannot score
+    raises; it never returns 0 or NaN instead. `differentiable` says whether gradients reach the
+    images.
+    """
+
+    name: str
+    differentiable: bool
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Score N images under N prompts."""
+        ...
+
+
+REWARDS: dict[str, str] = {
+    "mini": "fifa.rewards.mini:MiniReward",
+    "oracle": "fifa.rewards.miniworld:OracleReward",
+    "oracle_strict": "fifa.rewards.miniworld:StrictOracleReward",
+    "neatness": "fifa.rewards.miniworld:NeatnessReward",
+    "jpeg_compressibility": "fifa.rewards.jpeg:Compressibility",
+    "jpeg_incompressibility": "fifa.rewards.jpeg:Incompressibility",
+}
+
+
+def load_reward(spec: str, **kwargs: Any) -> Reward:
+    """The reward that `spec` names.
+
+    `spec` is a name of REWARDS, a `package.module:factory` whose factory takes `kwargs` and returns
+    a Reward, or a weighted sum of those such as `0.5*mini+0.5*oracle`, which takes no `kwargs`.
+    Raises InputError for an unknown name, a failing import, or arguments the factory does not take.
+    """
+    if "*" in spec or "+" in spec:
+        from fifa.rewards.ensemble import WeightedSum, parse_sum
+
+        if kwargs:
+            raise InputError(f"the sum of rewards '{spec}' takes no arguments, got {list(kwargs)}")
+        terms = parse_sum(spec)
+        return WeightedSum([load_reward(name) for _, name in terms], [w for w, _ in terms])
+    address = spec if ":" in spec else REWARDS.get(spec)
+    if address is None:
+        near = nearest(spec, REWARDS)
+        hint = f"did you mean '{near}'? " if near else ""
+        raise InputError(
+            f"unknown reward '{spec}'; {hint}known are {', '.join(REWARDS)} "
+            f"and package.module:factory"
+        )
+    factory = _imported(address, spec)
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        raise InputError(f"reward '{spec}': {error}") from None
+    reward = factory(**kwargs)
+    if not isinstance(reward, Reward):
+        raise InputError(
+            f"'{spec}' must return a reward (name, differentiable, __call__(images, prompts)), "
+            f"it returned {type(reward).__name__}"
+        )
+    return reward
+
+
+def _imported(address: str, spec: str) -> Callable[..., object]:
+    module_name, _, name = address.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"reward '{spec}' needs '{error.name}', which is not installed") from None
+    except (ValueError, TypeError):
+        raise InputError(f"reward '{spec}': '{module_name}' is no module name") from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise InputError(f"reward '{spec}': {module_name} has no callable '{name}'")
+    return cast("Callable[..., object]", factory)
+
+
+def score_images(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """Call a reward and hold it to its contract: images (N, 3, H, W), N prompts -> float32 (N,).
+
+    Raises InputError when the inputs do not fit together or a score is not finite, and its
+    BrokenRewardError when the reward returns another shape or type.
+    """
+    import torch
+
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+        raise InputError(
+            f"a reward needs images (N, 3, H, W) and N prompts, "
+            f"got {tuple(images.shape)} and {len(prompts)} prompts"
+        )
+    scores = reward(images, prompts)
+    if scores.shape != (len(prompts),) or scores.dtype != torch.float32:
+        raise BrokenRewardError(
+            f"reward '{reward.name}' returned {scores.dtype} {tuple(scores.shape)}, "
+            f"it must be float32 ({len(prompts)},)"
+        )
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).nonzero()[0])
+        raise InputError(
+            f"reward '{reward.name}' is {float(scores[bad])} for the prompt {prompts[bad][:80]!r}"
+        )
+    return scores
