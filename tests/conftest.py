@@ -1,0 +1,132 @@
+"""Real models of tiny random width, built once a session: the tests use no stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CORPUS = (
+    "a red circle above a blue square",
+    "two small green triangles on a yellow background",
+    "a large purple star left of three white circles",
+)
+
+
+def build_tiny_sd(folder: Path, **overrides: Any) -> Path:
+    """Save a StableDiffusionPipeline of some 40,000 random weights in `folder`.
+
+    Latents are `latent_channels` x 8 x 8 and images 64 px (VAE factor 8); `overrides` also takes
+    prediction_type, set_alpha_to_one, shift_factor and sample_size. Global RNG state is kept.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel as UNet
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    channels = overrides.get("latent_channels", 4)
+    size = overrides.get("sample_size", 8)
+    tokenizer = tiny_tokenizer(folder.with_name(folder.name + "-vocabulary"))
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        pipe = StableDiffusionPipeline(
+            tokenizer=tokenizer,
+            text_encoder=CLIPTextModel(text),
+            vae=AutoencoderKL(
+                block_out_channels=(4, 4, 8, 8),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=1,
+                norm_num_groups=2,
+                latent_channels=channels,
+                sample_size=8 * size,
+                scaling_factor=0.9,
+                shift_factor=overrides.get("shift_factor"),
+            ),
+            unet=UNet(
+                sample_size=size,
+                in_channels=channels,
+                out_channels=channels,
+                block_out_channels=(8, 16),
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                layers_per_block=1,
+                norm_num_groups=4,
+                attention_head_dim=2,
+                cross_attention_dim=16,
+            ),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                clip_sample=False,
+                set_alpha_to_one=overrides.get("set_alpha_to_one", False),
+                prediction_type=overrides.get("prediction_type", "epsilon"),
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer whose byte-pair merges were learnt from three sentences."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.model.save(str(folder))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: epsilon prediction, 4 latent channels, 64 px."""
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: v-prediction, 8 latent channels, a VAE shift, a path to abar = 1."""
+    return build_tiny_sd(
+        tmp_path_factory.mktemp("models") / "tiny-sd-v",
+        prediction_type="v_prediction",
+        latent_channels=8,
+        shift_factor=0.1,
+        set_alpha_to_one=True,
+    )
+
+
+@pytest.fixture
+def make_tiny_sd(tmp_path: Path) -> Callable[..., Path]:
+    """`make_tiny_sd(name, **overrides)` builds a tiny model folder of its own for one test."""
+    return lambda name, **overrides: build_tiny_sd(tmp_path / name, **overrides)
