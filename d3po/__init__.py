@@ -33,7 +33,10 @@ _HOME = {
     "Policy": "policy",
     "PolicyConfig": "policy",
     "TrainConfig": "recipe",
+    "load_run": "recipe",
     "train": "recipe",
+    "run_demo": "demo",
+    "write_report": "report",
 }
 
 __all__ = sorted(_HOME)

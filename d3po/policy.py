@@ -274,13 +274,9 @@ class Policy:
         try:
             weights = type(self.bare).from_pretrained(folder).state_dict()
         except OSError as error:
-            raise InputError(f"{folder} holds no readable model: {_first_line(error)}") from error
+            raise InputError(f"{folder} holds no readable model") from error
         _check_shapes(f"the model in {folder}", weights, self.bare.state_dict())
         self.bare.load_state_dict(weights)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _check_shapes(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

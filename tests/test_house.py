@@ -30,7 +30,7 @@ ORDER = {
     "d3po": (
         "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
         " | run, health | trainer | offline, online, evaluate, annotate, export"
-        " | recipe, mini_sd | __init__ | cli | __main__"
+        " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)

@@ -160,8 +160,13 @@ def _hub_file(model: str, name: str) -> Path:
     except HFValidationError:
         reason = "there is no such folder and it is no Hub id"
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     raise InputError(
         f"model {model}: {reason} (give 'mini', the path of a diffusers folder, or a Hub id;"
         f" offline, a Hub id works after one 'hf download {model}')"
     )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library has to say, for an InputError in one sentence."""
+    return str(error).strip().partition("\n")[0]

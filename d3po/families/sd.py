@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from d3po.families import first_line
 from d3po.schedule import NoiseSchedule
 from fifa.config import InputError, atomic_path
 
@@ -71,7 +72,7 @@ class StableDiffusion:
             try:
                 return kind.from_pretrained(source, subfolder=subfolder, **kwargs)
             except _UNREADABLE as error:
-                reason = _first_line(error)
+                reason = first_line(error)
                 raise InputError(f"model {source}: no usable {subfolder}: {reason}") from error
 
         # StableDiffusionPipeline forces these two on old configs; the same pictures need the same.
@@ -169,12 +170,8 @@ class StableDiffusion:
                 folder, weight_name=file.name, return_lora_metadata=True
             )
         except _UNREADABLE as error:
-            raise InputError(f"{file} is no readable LoRA: {_first_line(error)}") from error
+            raise InputError(f"{file} is no readable LoRA: {first_line(error)}") from error
         return _below("unet.", state), _below("unet.", metadata or {})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def write_dataset(
     The rows of a shard depend on `seed`, its number and its length, not on `workers` (processes;
     with more than one, a script needs the usual `if __name__ == "__main__":`). A complete shard
     of the same settings is kept, so a killed write goes on where it stopped, and a data set can be
-    extended. `pipeline` is a local diffusers folder for 32 x 32 pixels that makes PIPELINE_SHARE
-    of the images. `progress` is called with the rows done and the rows in all.
+    extended. `pipeline` is a local diffusers folder whose samples, of IMAGE_SIZE pixels, make
+    PIPELINE_SHARE of the images. `progress` is called with the rows done and the rows in all.
 
     Raises:
         InputError: a setting makes no sense, the folder holds other files, or a write fails.

@@ -314,12 +314,20 @@ def _fit(
     _, u, v = _unit(shape)
     cx, cy = x - u * radius, y - v * radius
     left, top = int(np.floor(cx - radius)) - 1, int(np.floor(cy - radius)) - 1
-    mask = shape_mask(shape, radius, round((cx - left) * 4) / 4, round((cy - top) * 4) / 4)
-    whole = (slice(0, words.IMAGE_SIZE), slice(0, words.IMAGE_SIZE))
-    drawn, _ = _common(mask, top, left, whole)
+    at = (round((cx - left) * 4) / 4, round((cy - top) * 4) / 4)
+    mask, drawn = _template(shape, radius, *at)
+    if min(top, left) < 0 or max(top, left) + len(mask) > words.IMAGE_SIZE:
+        drawn = float(_common(mask, top, left, _FRAME)[0].sum())
     here, (rows, columns) = _common(mask, top, left, window)
     both = float(np.minimum(cover[rows, columns], here).sum())
-    return both / (area + float(drawn.sum()) - both)
+    return both / (area + drawn - both)
+
+
+@lru_cache(maxsize=4096)
+def _template(shape: str, radius: float, cx: float, cy: float) -> tuple[NDArray[np.float32], float]:
+    """A shape's mask (S, S) and its area in pixels."""
+    mask = shape_mask(shape, radius, cx, cy)
+    return mask, float(mask.sum())
 
 
 def _common(
@@ -347,6 +355,7 @@ def _unit(shape: str) -> tuple[float, float, float]:
 
 
 _CENTRES = np.arange(words.IMAGE_SIZE, dtype=np.float32) + 0.5  # of pixels, along one axis
+_FRAME = (slice(0, words.IMAGE_SIZE), slice(0, words.IMAGE_SIZE))
 _COLOURS = tuple(words.RGB)
 _BACKGROUNDS = tuple(words.BACKGROUND_RGB)
 _COLOUR_RGB = np.array(list(words.RGB.values()), np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFilter
 
-from fifa.images import decode, encode_jpeg
+from fifa.images import decode, encode_jpeg, encode_png
 from fifa.miniworld import vocabulary as words
 from fifa.miniworld.annotators import scene_view
 from fifa.miniworld.captions import Group, Request, pick, sample_request
@@ -21,12 +21,11 @@ PAINTER_SHARES: dict[str, float] = {
     "faithful": 0.28,  # what was asked for, clean
     "sloppy": 0.30,  # one attribute wrong: colour, shape, size, count, relation or background
     "cluttered": 0.10,  # extra things and scraps of lines
-    "blurry": 0.08,  # Gaussian blur of 0.8 to 2 pixels
+    "blurry": 0.08,  # Gaussian blur of 0.5 to 1.2 pixels
     "noisy": 0.08,  # Gaussian noise of 8 to 30 grey levels
-    "jpeg": 0.08,  # JPEG quality 8 to 25
+    "jpeg": 0.08,  # a JPEG file of quality 20 to 45; all others are lossless PNG files
     "off-topic": 0.08,  # a scene that answers another request
 }
-QUALITY = 95  # of the JPEG files of every painter but `jpeg`
 MOST_THINGS = 4  # more large things may not fit on a picture
 
 
@@ -45,35 +44,35 @@ def paint(painter: str, request: Request, rng: np.random.Generator) -> Picture:
     return picture(pixels, scene_view(scene), quality)
 
 
-def picture(pixels: Image, truth: View | None = None, quality: int = QUALITY) -> Picture:
-    """Store pixels as a JPEG file of the given quality."""
-    file = encode_jpeg(pixels, quality)
+def picture(pixels: Image, truth: View | None = None, quality: int | None = None) -> Picture:
+    """Store pixels as a JPEG file of the given quality, or without loss as PNG."""
+    file = encode_png(pixels) if quality is None else encode_jpeg(pixels, quality)
     return Picture(file, decode(file, "a painted image"), truth)
 
 
-Painted = tuple[Scene, Image, int]  # what was painted, the pixels, the JPEG quality
+Painted = tuple[Scene, Image, int | None]  # what was painted, its pixels, the JPEG quality
 
 
 def _faithful(request: Request, rng: np.random.Generator) -> Painted:
     scene = compose(request, rng)
-    return scene, render(scene), QUALITY
+    return scene, render(scene), None
 
 
 def _blurry(request: Request, rng: np.random.Generator) -> Painted:
     scene = compose(request, rng)
-    soft = ImageFilter.GaussianBlur(float(rng.uniform(0.8, 2.0)))
-    return scene, np.asarray(Pillow.fromarray(render(scene)).filter(soft)), QUALITY
+    soft = ImageFilter.GaussianBlur(float(rng.uniform(0.5, 1.2)))
+    return scene, np.asarray(Pillow.fromarray(render(scene)).filter(soft)), None
 
 
 def _noisy(request: Request, rng: np.random.Generator) -> Painted:
     scene = compose(request, rng)
     noise = rng.normal(0, rng.uniform(8, 30), (SIZE, SIZE, 3))
-    return scene, np.clip(np.rint(render(scene) + noise), 0, 255).astype(np.uint8), QUALITY
+    return scene, np.clip(np.rint(render(scene) + noise), 0, 255).astype(np.uint8), None
 
 
 def _jpeg(request: Request, rng: np.random.Generator) -> Painted:
     scene = compose(request, rng)
-    return scene, render(scene), int(rng.integers(8, 26))
+    return scene, render(scene), int(rng.integers(20, 46))
 
 
 def _off_topic(request: Request, rng: np.random.Generator) -> Painted:
@@ -88,7 +87,7 @@ def _sloppy(request: Request, rng: np.random.Generator) -> Painted:
     while True:
         scene = compose(_altered(request, rng), rng)
         if not judge(scene_view(scene), request).all_hold:
-            return scene, render(scene), QUALITY
+            return scene, render(scene), None
 
 
 def _altered(request: Request, rng: np.random.Generator) -> Request:
@@ -138,7 +137,7 @@ def _cluttered(request: Request, rng: np.random.Generator) -> Painted:
         if extra is not None:
             (things if rng.random() < 0.5 else scraps).append(extra)
     scene = replace(scene, things=tuple(things))
-    return scene, _with_scraps(render(scene), scraps, rng), QUALITY
+    return scene, _with_scraps(render(scene), scraps, rng), None
 
 
 def _extra(placed: list[Thing], rng: np.random.Generator) -> Thing | None:

@@ -176,12 +176,12 @@ def _triangle(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool
 
 
 def _star(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Five points up: inside the pentagram whose inner radius is 0.45 of the outer."""
+    """Five points up: inside the pentagram whose inner radius is 0.38 of the outer."""
     v = v + 0.05
     angle = np.arctan2(u, -v)
     sector = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     distance = np.hypot(u, v) / 1.08
-    inner = 0.45
+    inner = 0.38
     # The edge from the tip (1, 0) to the notch (inner at 36 degrees), as a half plane in polar
     # form.
     notch = np.array([inner * np.cos(np.pi / 5), inner * np.sin(np.pi / 5)])

@@ -74,5 +74,5 @@ BACKGROUND_RGB: dict[str, tuple[int, int, int]] = {
 }
 # Half the side of an object's bounding box, in pixels. The oracle splits the two sizes half-way
 # between.
-RADII: dict[str, tuple[float, ...]] = {"small": (3.75, 4.0, 4.25), "large": (5.75, 6.0, 6.25)}
-SIZE_BOUNDARY = 5.0
+RADII: dict[str, tuple[float, ...]] = {"small": (4.25, 4.5, 4.75), "large": (5.75, 6.0, 6.25)}
+SIZE_BOUNDARY = 5.25

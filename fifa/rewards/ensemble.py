@@ -45,6 +45,11 @@ class WeightedSum:
         scores = _member_scores(self.members, images, prompts)
         return (scores.new_tensor(self.weights) @ scores).float()
 
+    def to(self, device: str) -> WeightedSum:
+        """Move the networks of those members that have one."""
+        _move(self.members, device)
+        return self
+
 
 class RankAverage:
     """Weighted mean of the ranks that each member gives, in [0, 1]; immune to units and outliers.
@@ -94,6 +99,11 @@ class RankAverage:
         weights = ranks.new_tensor(self.weights)
         return (weights @ ranks / weights.sum()).float()
 
+    def to(self, device: str) -> RankAverage:
+        """Move the networks of those members that have one."""
+        _move(self.members, device)
+        return self
+
 
 def _check(members: Sequence[Reward], weights: Sequence[float]) -> None:
     if not members or len(members) != len(weights) or sum(weights) == 0:
@@ -101,6 +111,12 @@ def _check(members: Sequence[Reward], weights: Sequence[float]) -> None:
             f"an ensemble needs rewards and one weight each that do not sum to 0, "
             f"got {len(members)} rewards and the weights {list(weights)}"
         )
+
+
+def _move(members: Sequence[Reward], device: str) -> None:
+    for member in members:
+        if hasattr(member, "to"):
+            member.to(device)
 
 
 def _member_scores(

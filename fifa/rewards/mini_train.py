@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 Log = Callable[[str, int, float], None]
 INPUT = (64, 64)  # twice the mini world: the network divides its input by 32
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FIRST_SCALE = 10.0  # contrast ends near 100, so sure of itself that the first choices undo it
 HELD_OUT = 0.1  # share of the prompts that is kept for the agreement reported at the end
 
 
@@ -157,6 +159,8 @@ def prefer(
     model: CLIP, data: Choices, *, seed: int, steps: int, batch: int, learning_rate: float, log: Log
 ) -> None:
     """Phase two: PickScore's objective on the choices."""
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(FIRST_SCALE))
     optimizer, schedule = _optimizer(model, learning_rate, steps)
     for step in range(steps):
         rows = np.random.default_rng([seed, 1, step]).choice(data.train, batch, replace=False)
@@ -241,7 +245,7 @@ def train(
         model, tokenizer, seed=seed, steps=contrast_steps, batch=128, learning_rate=2e-3, log=log
     )
     choices = Choices(data, tokenizer)
-    prefer(model, choices, seed=seed, steps=prefer_steps, batch=64, learning_rate=5e-4, log=log)
+    prefer(model, choices, seed=seed, steps=prefer_steps, batch=64, learning_rate=2e-4, log=log)
     share, count = agreement(model, choices)
     facts = {
         "contrast_steps": contrast_steps,
@@ -264,7 +268,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="the open_clip folder")
     parser.add_argument("--contrast-steps", type=int, default=1000)
-    parser.add_argument("--prefer-steps", type=int, default=1500)
+    parser.add_argument("--prefer-steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 

@@ -1,0 +1,295 @@
+"""`d3po`: the demo, training, sampling; evaluate, report on and export a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fifa.config import InputError, write_atomic
+
+app = typer.Typer(
+    help="Preference fine-tuning of diffusion models. `d3po demo` shows all of it in minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PROMPTS = "miniworld:train, miniworld:heldout, or a text file with one prompt a line."
+RunPath = Annotated[Path, typer.Argument(help="Run folder, as train.py wrote it.")]
+Seed = Annotated[int, typer.Option(help="Seed of all noise.", min=0)]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default as trained.", min=1)]
+Eta = Annotated[
+    float | None,
+    typer.Option(help="0 deterministic, 1 like DDPM; default as trained.", min=0, max=1),
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale, 1 is none; default as trained.", min=0)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder; an unfinished demo in it is continued.")
+    ] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Another seed is another demo.", min=0)] = 0,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes: it runs, it learns nothing.")] = False,
+) -> None:
+    """Do the main job: pairs, filter, Diffusion-DPO and D3PO, a report with pictures."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # all that is loaded is local
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trainings end too
+    from d3po.demo import run_demo
+
+    with _bars() as show:
+        found = run_demo(out, seed, quick, show, _say)
+    for name, run in found["runs"].items():
+        print(f"{name}: {run['verdict']}")
+        for warning in run["warnings"]:
+            print(f"  {warning}")
+    print(f"pictures, curves and numbers are in {found['report']}")
+
+
+@app.command()
+def train(
+    settings: Annotated[
+        list[str], typer.Argument(metavar="CONFIG.yaml | KEY=VALUE", help="File, then overrides.")
+    ],
+    dry_run: Annotated[bool, typer.Option(help="Show what would be done.")] = False,
+) -> None:
+    """Train in one process; the same command again resumes. For more: accelerate launch."""
+    from d3po import recipe
+    from fifa.config import to_yaml
+
+    files = [text for text in settings if "=" not in text]
+    if len(files) > 1:
+        raise InputError(f"one config file at most, got {', '.join(files)}")
+    overrides = [text for text in settings if "=" in text]
+    config = recipe.load(files[0] if files else None, overrides)
+    print(f"{to_yaml(config)}\n{recipe.arithmetic(config)}", flush=True)
+    if not dry_run:
+        recipe.train(config)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A run folder, mini, a diffusers folder, a Hub id.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[str | None, typer.Option(help=PROMPTS)] = None,
+    count: Annotated[int, typer.Option(help="How many of --prompts.", min=1)] = 8,
+    images: Annotated[int, typer.Option(help="Pictures of each prompt.", min=1)] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    before: Annotated[bool, typer.Option(help="The reference of the run, not its policy.")] = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    eta: Eta = None,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+) -> None:
+    """Draw pictures; equal seeds mean equal noise, before and after training."""
+    from d3po.families import load_family
+    from d3po.generate import SamplerConfig, generate, independent_orders
+    from d3po.recipe import load_run, read_prompts
+    from fifa.images import encode_png, grid, to_uint8
+
+    texts = list(prompt or []) + (read_prompts(prompts, count, seed)[:count] if prompts else [])
+    if not texts:
+        raise InputError("nothing to draw: give --prompt 'a red circle' or --prompts FILE")
+    if (Path(model) / "config.yaml").is_file():
+        config, policy = load_run(model, device)
+        family, sampler = policy.family, config.sampler
+        weights = policy.reference() if before else nullcontext()
+    else:
+        family, sampler, weights = load_family(model, device=device), SamplerConfig(), nullcontext()
+    sampler = _changed(sampler, steps=steps, eta=eta, guidance=guidance)
+    orders = independent_orders(texts, images, seed, range(len(texts)))
+    tiles: list[Any] = []
+    with weights, _progress("drawing", len(orders)) as advance:
+        for part in generate(family, family.denoiser, sampler, orders):
+            tiles += list(to_uint8(part.images))
+            advance(len(tiles))
+    for i, tile in enumerate(tiles):
+        write_atomic(out / f"{i // images:04d}-{i % images}.png", encode_png(tile))
+    labels = [order.prompt for order in orders]
+    write_atomic(out / "grid.png", encode_png(grid(tiles, images, 4, labels, 2)))
+    print(f"{len(tiles)} pictures and grid.png are in {out}")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    prompts: Annotated[str | None, typer.Option(help=PROMPTS + " Default as trained.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many; default as trained.", min=1)] = None,
+    images: Annotated[int | None, typer.Option(help="Pictures of each prompt.", min=1)] = None,
+    judges: Annotated[
+        str | None, typer.Option(help="Rewards, comma-separated, the one trained on first.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all noise.", min=0)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; default RUN/evaluation.json.")
+    ] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+) -> None:
+    """Compare a run's policy with its reference: equal prompts, equal seeds, several judges."""
+    from d3po.evaluate import evaluate_policy, sentence
+    from d3po.recipe import evaluation_prompts, load_run
+    from fifa.images import encode_png
+    from fifa.rewards import load_reward
+
+    config, policy = load_run(run, device)
+    asked = judges.split(",") if judges else None
+    changes = {"prompts": prompts, "count": count, "images": images, "seed": seed, "judges": asked}
+    settings = _changed(config.eval, **changes)
+    texts = evaluation_prompts(config.model_copy(update={"eval": settings}))
+    if not texts:
+        raise InputError(f"{run} was trained without eval.prompts; give --prompts")
+    rewards = [load_reward(name) for name in settings.judges]
+    sampler = _changed(config.sampler, steps=steps, eta=eta, guidance=guidance)
+    with _progress("drawing", 2 * len(texts) * settings.images) as advance:
+        result, picture = evaluate_policy(settings, sampler, policy, rewards, texts, advance)
+    out = run / "evaluation.json" if out is None else out
+    write_atomic(out, result.to_json())
+    for judge in result.judges:
+        print(sentence(judge))
+    if picture is not None:
+        write_atomic(out.with_suffix(".png"), encode_png(picture))
+    print(f"{result.prompts} prompts x {result.images} pictures; details are in {out}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    filtered: Annotated[
+        Path | None, typer.Option("--filter", help="Folder that `fifa select` wrote, told of too.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts to show of each run.", min=0)] = 9,
+    images: Annotated[int, typer.Option(help="Pictures of each prompt.", min=1)] = 3,
+    device: Device = "cpu",
+) -> None:
+    """Write one HTML page about finished runs: pictures before and after, verdicts, curves."""
+    from d3po.report import write_report
+
+    with _bars() as show:
+        write_report(
+            runs,
+            out,
+            filtered,
+            prompts,
+            images,
+            device,
+            progress=lambda task, done, total: show(task, done, total, ""),
+        )
+    print(out)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    form: Annotated[
+        str, typer.Option("--format", help="lora, or merged: a whole diffusers pipeline.")
+    ] = "lora",
+) -> None:
+    """Write a run's weights as others load them, with a model card."""
+    from d3po.export import export as write
+    from d3po.recipe import load_run
+    from d3po.run import RunFolder, flatten
+
+    config, policy = load_run(run)
+    write(policy, RunFolder(run), flatten(config.model_dump()), form, out)
+    print(f"{form} weights and a model card are in {out}")
+
+
+def _changed(config: Any, **changes: Any) -> Any:
+    """The settings with those that were given put in, checked again."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return type(config).model_validate({**config.model_dump(), **given})
+
+
+Show = Callable[[str, int, int, str], None]  # task, done, total, a few words
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of a single task."""
+    with _bars() as show:
+        yield lambda done: show(name, done, total, "")
+
+
+@contextmanager
+def _bars() -> Iterator[Show]:
+    """A bar for each task on a terminal; in a pipe a line every few seconds."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich import progress
+    from rich.console import Console
+    from rich.table import Column
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn(
+            "{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+        ),
+    )
+    console, out = Console(stderr=True), sys.stdout.isatty()
+    with progress.Progress(*columns, console=console, redirect_stdout=out) as bar:
+        tasks: dict[str, progress.TaskID] = {}
+
+        def show(task: str, done: int, total: int, text: str) -> None:
+            if task not in tasks:
+                for old in bar.tasks:
+                    bar.update(old.id, visible=not old.finished)
+                tasks[task] = bar.add_task(task, text="")
+            bar.update(tasks[task], completed=done, total=total, text=text)
+
+        yield show
+
+
+def _lines(every: float = 10.0) -> Show:
+    """Plain lines on stderr: at the beginning and the end of a task, and now and then between."""
+    told: dict[str, tuple[float, int]] = {}
+
+    def show(task: str, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        last, before = told.get(task, (0.0, -1))
+        finished = done == total and before != total
+        if task in told and not finished and (now - last < every or done == before):
+            return
+        told[task] = (now, done)
+        print(f"{task}: {done:,} of {total:,}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+    return show
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""TrainConfig and train(config): the wiring, and the only file that knows everyone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from d3po.evaluate import EvalConfig, Evaluator
+from d3po.families import load_family
+from d3po.generate import SamplerConfig
+from d3po.offline import (
+    OfflineConfig,
+    OfflineSource,
+    cached_pairs,
+    held_out_prompts,
+    skipped_rows,
+    told,
+)
+from d3po.online import FileJudge, Judge, OnlineConfig, OnlineSource, RewardJudge, groups_per_update
+from d3po.policy import Policy, PolicyConfig
+from d3po.run import Run, RunConfig, RunFolder
+from d3po.trainer import (
+    BoundObjective,
+    Learner,
+    ObjectiveConfig,
+    OptimConfig,
+    Source,
+    fit,
+    whole_rounds,
+)
+from fifa.config import Config, InputError, load_config, write_atomic
+from fifa.pairs import normalise_prompt
+from fifa.rewards import load_reward
+
+if TYPE_CHECKING:
+    from d3po.families import Family
+
+
+class TrainConfig(Config):
+    """Everything a training run depends on."""
+
+    model: str = Field(
+        "mini", description="What is trained: mini (embedded), a diffusers folder, or a Hub id."
+    )
+    method: Literal["d3po", "dpo"] = Field(
+        "d3po",
+        description="d3po: online, on its own rollouts; dpo: Diffusion-DPO, on a data set of "
+        "pairs.",
+    )
+    objective: ObjectiveConfig = Field(description="The loss.")
+    policy: PolicyConfig = Field(PolicyConfig(), description="Which weights are trained.")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer, batch sizes, length.")
+    sampler: SamplerConfig = Field(SamplerConfig(), description="How pictures are drawn.")
+    online: OnlineConfig | None = Field(None, description="Rollouts and judges, for method d3po.")
+    offline: OfflineConfig | None = Field(None, description="The data set, for method dpo.")
+    eval: EvalConfig = Field(EvalConfig(), description="Comparisons with the reference.")
+    run: RunConfig = Field(description="Folder, seed, precision, checkpoints, trackers.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        """Give the method its section, and refuse the other one's: it would be read by nobody."""
+        sections = {"d3po": "online", "dpo": "offline"}
+        if not isinstance(values, Mapping):
+            return values
+        method = values.get("method", "d3po")
+        if method not in sections:
+            return values
+        own = sections[method]
+        for other in set(sections.values()) - {own}:
+            if values.get(other) is not None:
+                raise ValueError(
+                    f"method {method} reads '{own}', not '{other}'; remove one of the two"
+                )
+        return {**values, own: values.get(own) or {}}
+
+    @model_validator(mode="after")
+    def _held_out_of_something(self) -> TrainConfig:
+        wanted = self.eval.prompts == "heldout"
+        if wanted and (self.offline is None or self.offline.held_out_fraction == 0):
+            raise ValueError(
+                "eval.prompts=heldout needs method dpo and offline.held_out_fraction > 0"
+            )
+        return self
+
+
+# The flags of diffusers' training scripts, and the override each one stands for.
+FLAGS: dict[str, str] = {
+    "pretrained_model_name_or_path": "model={}",
+    "output_dir": "run.dir={}",
+    "seed": "run.seed={}",
+    "mixed_precision": "run.mixed_precision={}",
+    "checkpointing_steps": "run.checkpoint_every={}",
+    "checkpoints_total_limit": "run.keep_checkpoints={}",
+    "resume_from_checkpoint": "run.resume={}",
+    "report_to": "run.trackers=[{}]",
+    "max_train_steps": "optim.max_steps={}",
+    "learning_rate": "optim.learning_rate={}",
+    "lr_warmup_steps": "optim.warmup_steps={}",
+    "train_batch_size": "optim.micro_batch={}",
+    "gradient_accumulation_steps": "optim.accumulation={}",
+    "adam_weight_decay": "optim.weight_decay={}",
+    "adam_epsilon": "optim.epsilon={}",
+    "max_grad_norm": "optim.max_grad_norm={}",
+    "beta_dpo": "objective.beta={}",
+    "rank": "policy.rank={}",
+    "guidance_scale": "sampler.guidance={}",
+    "num_inference_steps": "sampler.steps={}",
+    "train_data_dir": "offline.data={}",
+    "proportion_empty_prompts": "offline.empty_prompts={}",
+    "num_validation_images": "eval.images={}",
+    "validation_steps": "eval.every={}",
+}
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A TrainConfig from a YAML file and dotted.key=value overrides."""
+    return load_config(TrainConfig, path, overrides)
+
+
+# ---- what it will do ----------------------------------------------------------------------------
+
+
+def arithmetic(config: TrainConfig, processes: int = 1) -> str:
+    """How the batch sizes multiply, as text; raises InputError where they do not fit."""
+    optim = config.optim
+    unit = "groups" if config.online else "pairs"
+    product = (
+        f"{optim.micro_batch} {unit} x {optim.accumulation} accumulated x {processes} processes"
+    )
+    if config.online is None:
+        size = optim.micro_batch * optim.accumulation * processes
+        return (
+            f"one update: {product} = {size} pairs, {2 * size} images at one time each\n"
+            f"the run: {optim.max_steps} updates = {optim.max_steps * size} pairs"
+        )
+    online, size = config.online, groups_per_update(config.online, optim, processes)
+    pairs = online.images * (online.images - 1) // 2
+    steps = online.step_count or config.sampler.steps - online.skip_last
+    updates = online.groups // size * online.inner_epochs
+    total = whole_rounds(optim.max_steps, updates)
+    return (
+        f"one round: {online.groups} groups x {online.images} images = "
+        f"{online.groups * online.images} images, at most {online.groups * pairs} pairs\n"
+        f"one update: {product} = {size} groups, at most {size * pairs} pairs x {steps} steps\n"
+        f"one round: {online.groups // size} updates x {online.inner_epochs} inner epochs = "
+        f"{updates} updates\n"
+        f"the run: {total} updates = {total // updates} rounds = "
+        f"{total // updates * online.groups * online.images} images"
+    )
+
+
+# ---- wiring -------------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig) -> RunFolder:
+    """Train as the config says, from where its run folder left off; returns the finished folder.
+
+    Raises InputError for whatever a person can put right.
+    """
+    run = Run(_with_labels_saved(config))
+    try:
+        objective = BoundObjective.from_config(config.objective)
+        family = load_family(config.model, _base_dtype(config, run), run.device)
+        family.gradient_checkpointing(config.optim.gradient_checkpointing)
+        policy = Policy(family, config.policy)
+        held_out = evaluation_prompts(config)
+        source = _source(config, family, policy, held_out, run)
+        evaluator = _evaluator(config, family, policy, held_out, run)
+        learner = Learner.prepare(policy, objective, config.optim, run)
+        run.open(config)
+        _tell_what_was_skipped(source, run)
+        fit(learner, source, run, evaluator, config.eval.every)
+        with policy.averaged():
+            weights = run.save_weights(policy.save)
+        run.say(f"weights are in {weights}")
+        return run.folder
+    finally:
+        run.close()
+
+
+def _with_labels_saved(config: TrainConfig) -> RunConfig:
+    """People label the pictures of exact weights: save those after every round."""
+    if config.online is None or config.online.labels is None:
+        return config.run
+    return config.run.model_copy(update={"checkpoint_every": 1})
+
+
+def _base_dtype(config: TrainConfig, run: Run) -> torch.dtype:
+    """Frozen weights may be stored in half precision; trained ones are float32."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if config.policy.method == "full" or run.device.type == "cpu":
+        return torch.float32
+    return half.get(run.accelerator.mixed_precision, torch.float32)
+
+
+def _source(
+    config: TrainConfig, family: Family, policy: Policy, held_out: Sequence[str], run: Run
+) -> Source:
+    reduce = config.objective.reduce
+    if config.offline is not None:
+        cache = cached_pairs(config.offline, family, run, held_out)
+        return OfflineSource(config.offline, config.optim, family, cache, run, reduce)
+    assert config.online is not None  # the config's validator put it there
+    judge, names = _judge(config.online, run)
+    prompts = _training_prompts(config.online, config.run.seed, held_out)
+    return OnlineSource(
+        config.online,
+        config.sampler,
+        config.optim,
+        family,
+        policy,
+        judge,
+        names,
+        prompts,
+        run,
+        reduce,
+    )
+
+
+def _judge(config: OnlineConfig, run: Run) -> tuple[Judge, list[str]]:
+    if config.labels is not None:
+        return FileJudge(config.labels, run.folder.samples, config.images), ["labels"]
+    return RewardJudge([load_reward(name) for name in config.judges]), list(config.judges)
+
+
+def _evaluator(
+    config: TrainConfig, family: Family, policy: Policy, prompts: Sequence[str], run: Run
+) -> Evaluator | None:
+    if not prompts:
+        return None
+    rewards = [load_reward(name) for name in config.eval.judges]
+    return Evaluator(config.eval, config.sampler, family, policy, rewards, prompts, run)
+
+
+def _tell_what_was_skipped(source: Source, run: Run) -> None:
+    if not isinstance(source, OfflineSource):
+        return
+    rows = skipped_rows(source.cache)
+    listed = (
+        f"; the rows set aside are listed in {run.folder.path / 'skipped.jsonl'}" if rows else ""
+    )
+    run.say(told(source.cache.summary) + listed)
+    if rows:
+        text = (source.cache.folder / "skipped.jsonl").read_text(encoding="utf-8")
+        run.first(lambda: write_atomic(run.folder.path / "skipped.jsonl", text))
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+def evaluation_prompts(config: TrainConfig) -> list[str]:
+    """The prompts that policy and reference are compared on; none without eval.prompts."""
+    spec = config.eval.prompts
+    if spec is None:
+        return []
+    if spec == "heldout" and config.offline is not None:
+        prompts = held_out_prompts(config.offline)
+        if not prompts:
+            raise InputError(
+                f"eval.prompts=heldout: no prompt of {config.offline.data} is held out; raise "
+                "offline.held_out_fraction"
+            )
+    else:
+        prompts = read_prompts(spec, config.eval.count, config.eval.seed)
+    return prompts[: config.eval.count]
+
+
+def _training_prompts(config: OnlineConfig, seed: int, held_out: Sequence[str]) -> list[str]:
+    prompts = read_prompts(config.prompts, config.prompt_count, seed)
+    never = {normalise_prompt(prompt) for prompt in held_out}
+    kept = [prompt for prompt in prompts if normalise_prompt(prompt) not in never]
+    if not kept:
+        raise InputError(f"every prompt of {config.prompts} is also one of eval.prompts")
+    return kept
+
+
+def read_prompts(spec: str, count: int, seed: int) -> list[str]:
+    """`count` prompts of miniworld:train or miniworld:heldout, or all those of a text file."""
+    if spec == "miniworld:train" or spec == "miniworld:heldout":
+        from fifa.miniworld import prompts
+
+        return prompts("train" if spec == "miniworld:train" else "heldout", count, seed)
+    try:
+        lines = Path(spec).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read prompts from {spec}: {error}; give miniworld:train, "
+            "miniworld:heldout or a "
+            "text file with one prompt a line"
+        ) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise InputError(f"{spec} holds no prompt")
+    return found
+
+
+# ---- a finished run -----------------------------------------------------------------------------
+
+
+def load_run(path: str | Path, device: str = "cpu") -> tuple[TrainConfig, Policy]:
+    """The settings of a run and its policy with the trained weights in place.
+
+    Takes <run>/weights, or the newest checkpoint of a run that has not ended.
+    """
+    folder = RunFolder(path)
+    if not (folder.path / "config.yaml").is_file():
+        raise InputError(f"{path} is not a run folder: it has no config.yaml")
+    config = load(folder.path / "config.yaml")
+    policy = Policy(load_family(config.model, device=device), config.policy)
+    if folder.weights.is_dir():
+        policy.load(folder.weights)
+        return config, policy
+    checkpoint = folder.newest()
+    if checkpoint is None:
+        raise InputError(f"{path} has neither weights nor a checkpoint yet")
+    policy.load_state_dict(checkpoint.tensors("policy"))
+    return config, policy

@@ -1,0 +1,243 @@
+"""The command line `fifa`: parse, one call, print. Defaults live in the settings classes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from fifa.config import Config, InputError, load_config
+
+C = TypeVar("C", bound=Config)
+Progress = Callable[[str, int, int], None]
+
+app = typer.Typer(
+    name="fifa",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Where preferences come from: score a preference data set, keep its best pairs.",
+)
+
+
+def main() -> None:
+    """Entry point of the console script: bad input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, see `fifa settings`."),
+]
+File = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+
+
+def _config(cls: type[C], file: Path | None, given: Mapping[str, Any], more: list[str] | None) -> C:
+    """Settings from the file, then `--set`, then the options that were given."""
+    named = [f"{key}={_quoted(str(value))}" for key, value in given.items() if value is not None]
+    return load_config(cls, file, [*(more or []), *named])
+
+
+def _quoted(text: str) -> str:
+    """Text as YAML reads it back, without quotes where none are needed."""
+    return text if re.fullmatch(r"[\w./%+-]+", text) else json.dumps(text)
+
+
+@app.command(epilog="Example: `fifa world --rows 20000 --out runs/pairs`")
+def world(
+    out: Annotated[Path, typer.Option(help="Folder for the Parquet shards.")],
+    rows: Annotated[int, typer.Option(help="Pairs to make.")],
+    seed: Annotated[int | None, typer.Option(help="Another seed is another data set.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.")] = None,
+) -> None:
+    """Make a preference data set of the mini world, of any size, without a download."""
+    from fifa.miniworld.dataset import write_dataset
+
+    given: dict[str, Any] = {"seed": seed, "workers": workers}
+    with _progress() as progress:
+        shards = write_dataset(
+            out,
+            rows=rows,
+            progress=lambda done, total: progress("painting and judging", done, total),
+            **{key: value for key, value in given.items() if value is not None},
+        )
+    print(f"{rows:,} pairs in {len(shards)} shards of {out}")
+
+
+@app.command(epilog="Example: `fifa score runs/pairs --out runs/scores --reward mini`")
+def score(
+    data: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores; continued if unfinished.")],
+    reward: Annotated[
+        str | None, typer.Option(help="Proxy reward, e.g. mini, 0.5*a+0.5*b.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge of text quality, e.g. heuristic.")
+    ] = None,
+    embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Give every pair its margin, text quality and diversity; killed, it continues where it was."""
+    from fifa.scoring import ScoreConfig
+    from fifa.scoring import score as run
+
+    given = {
+        "data": data,
+        "out": out,
+        "reward": reward,
+        "judge": judge,
+        "embedder": embedder,
+        "limit": limit,
+    }
+    with _progress() as progress:
+        summary = run(_config(ScoreConfig, config, given, settings), progress)
+    print(
+        f"{summary.scored:,} of {summary.rows:,} rows scored ({summary.resumed:,} found done), "
+        f"{summary.ties:,} ties, {summary.prompts:,} prompts; "
+        f"reward and people agree on {summary.agreement:.1%}"
+    )
+    for kind, count in summary.rejected.items():
+        print(f"  set aside, {count:,} rows: {kind}")
+    print(f"scores in {summary.out}")
+
+
+@app.command(epilog="Example: `fifa select runs/scores -k 0.5% --method greedy --cap 1`")
+def select(
+    scores: Annotated[Path, typer.Argument(help="Folder that `fifa score` wrote.")],
+    k: Annotated[str | None, typer.Option("-k", help="Pairs to keep: 4000, or 0.5%.")] = None,
+    method: Annotated[str | None, typer.Option(help="importance, greedy, random, ...")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of text quality.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Weight of diversity.")] = None,
+    cap: Annotated[int | None, typer.Option(help="Most pairs of a prompt, 0: no limit.")] = None,
+    min_quality: Annotated[float | None, typer.Option(help="Least text quality, 0..10.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random method.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for kept.parquet.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Keep the best pairs: the same Parquet columns, fewer rows."""
+    from fifa.filtering import KEPT, SelectConfig
+    from fifa.filtering import select as run
+
+    given = {
+        "scores": scores,
+        "k": k,
+        "method": method,
+        "alpha": alpha,
+        "gamma": gamma,
+        "cap": cap,
+        "min_quality": min_quality,
+        "seed": seed,
+        "out": out,
+    }
+    summary = run(_config(SelectConfig, config, given, settings))
+    for fate, count in summary.fates.items():
+        print(f"{count:>10,}  {fate}")
+    if summary.kept < summary.wanted:
+        print(f"only {summary.kept:,} of the {summary.wanted:,} wanted: there are no more to keep")
+    told = ", ".join(
+        f"{name} {value:.3f}" for name, value in summary.f.items() if value is not None
+    )
+    print(f"f(S) at {summary.kept:,} pairs: {told}")
+    print(f"reward and people agree on {summary.agreement:.1%} of the kept")
+    print(summary.out / KEPT)
+
+
+@app.command(epilog="Example: `fifa report runs/scores`")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `fifa select` wrote to.")],
+    examples: Annotated[int, typer.Option(help="Pairs to show of each kind.")] = 8,
+) -> None:
+    """Write one HTML page: what was kept, what was dropped, and why."""
+    from fifa.report import write_report
+
+    print(write_report(folder, examples))
+
+
+@app.command()
+def settings() -> None:
+    """List every setting of `score` and `select` with its default and meaning."""
+    from fifa.config import describe
+    from fifa.filtering import SelectConfig
+    from fifa.scoring import ScoreConfig
+
+    for name, cls in (("score", ScoreConfig), ("select", SelectConfig)):
+        print(f"fifa {name}")
+        for setting in describe(cls):
+            print(f"  {setting.key} = {setting.default}  ({setting.type})  {setting.description}")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar with rate and time left on a terminal, a line every few seconds in a pipe."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, rate="")
+            speed = bar.tasks[tasks[stage]].speed
+            bar.update(tasks[stage], completed=done, rate=f"{speed:,.0f} a second" if speed else "")
+
+        yield show
+
+
+def _lines(every: float = 5.0) -> Progress:
+    """Plain lines on stderr: when a stage begins, ends, and every few seconds between."""
+    begun: dict[str, tuple[float, int]] = {}
+    told = 0.0
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        first = stage not in begun
+        start, before = begun.setdefault(stage, (now, done))
+        if not first and done < total and now - told < every:
+            return
+        told = now
+        rate = (done - before) / (now - start) if now > start else 0.0
+        left = f", {rate:,.0f} a second, {(total - done) / rate:,.0f} s left" if rate else ""
+        print(f"{stage}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    main()

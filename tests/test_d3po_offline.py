@@ -1,0 +1,312 @@
+"""Diffusion-DPO: which rows become pairs, what is cached, and the published loss on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from d3po.draws import derive_seed, shuffled
+from d3po.families import Family, load_family
+from d3po.offline import (
+    OfflineConfig,
+    OfflineSource,
+    PairCache,
+    cached_pairs,
+    held_out_prompts,
+    skipped_rows,
+    told,
+)
+from d3po.policy import Policy, PolicyConfig
+from d3po.run import Run, RunConfig
+from d3po.sampling import image_noise
+from d3po.trainer import BoundObjective, Learner, ObjectiveConfig, OptimConfig, train_step
+from fifa.config import InputError
+from fifa.images import encode_png, to_batch
+from fifa.pairs import held_out
+
+SEED = 5
+Row = tuple[str, bytes, bytes, float]  # prompt, two encoded pictures, label of the first
+
+
+def picture(number: int, size: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    rng = np.random.default_rng(number)
+    return rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def write_pairs(path: Path, rows: list[Row]) -> Path:
+    captions, first, second, labels = zip(*rows, strict=True)
+    table = {
+        "caption": list(captions),
+        "jpg_0": list(first),
+        "jpg_1": list(second),
+        "label_0": list(labels),
+        "label_1": [1 - label for label in labels],
+    }
+    pq.write_table(pa.table(table), path, row_group_size=3)
+    return path
+
+
+def good_rows(count: int) -> list[Row]:
+    """Pairs of pictures 2i and 2i + 1; the first wins in even rows; every prompt comes twice."""
+    return [
+        (
+            f"prompt {i // 2}",
+            encode_png(picture(2 * i)),
+            encode_png(picture(2 * i + 1)),
+            float(i % 2 == 0),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def family(tiny_sd: Path) -> Family:
+    return load_family(tiny_sd)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(RunConfig(dir=str(tmp_path / "run"), seed=SEED))
+    yield run
+    run.close()
+
+
+def config_of(tmp_path: Path, rows: list[Row], **more: Any) -> OfflineConfig:
+    data = write_pairs(tmp_path / "pairs.parquet", rows)
+    return OfflineConfig(data=str(data), cache=str(tmp_path / "cache"), encode_batch=3, **more)
+
+
+# ---- the cache ----------------------------------------------------------------------------------
+
+
+def test_the_cache_holds_what_the_encoders_give(tmp_path: Path, family: Family, run: Run) -> None:
+    cache = cached_pairs(config_of(tmp_path, good_rows(5)), family, run)
+    assert len(cache) == 5
+    for i in range(5):
+        win, lose = (2 * i, 2 * i + 1) if i % 2 == 0 else (2 * i + 1, 2 * i)
+        latents = family.encode_images(to_batch([picture(win), picture(lose)]))
+        assert np.allclose(cache.win[i], latents[0].numpy(), atol=1e-5)
+        assert np.allclose(cache.lose[i], latents[1].numpy(), atol=1e-5)
+        text = family.encode_text([f"prompt {i // 2}"])[0]
+        assert np.allclose(cache.cond[cache.prompt[i]], text.numpy(), atol=1e-5)
+    assert len(cache.cond) == 4  # three prompts and the empty one
+    assert np.allclose(cache.cond[0], family.encode_text([""])[0].numpy(), atol=1e-5)
+
+
+def test_half_precision_halves_the_cache(tmp_path: Path, family: Family, run: Run) -> None:
+    config = config_of(tmp_path, good_rows(3), cache_dtype="float16")
+    half, full = (
+        cached_pairs(c, family, run)
+        for c in (config, config.model_copy(update={"cache_dtype": "float32"}))
+    )
+    assert half.win.nbytes * 2 == full.win.nbytes
+    assert np.allclose(half.win, full.win, atol=1e-2)
+
+
+def test_rows_that_are_no_pairs_are_counted_and_listed(
+    tmp_path: Path, family: Family, run: Run
+) -> None:
+    rows = good_rows(7)
+    rows[1] = (rows[1][0], rows[1][1], rows[1][2], 0.5)  # a tie
+    rows[2] = (rows[2][0], rows[2][1], rows[2][2][:100], 1.0)  # a truncated picture
+    rows[4] = (rows[4][0], rows[4][1], rows[4][2], 0.7)  # no label
+    rows[5] = ("  ", *rows[5][1:])
+    cache = cached_pairs(config_of(tmp_path, rows), family, run)
+    assert len(cache) == 3
+    assert cache.summary["dropped"] == {"tie": 1, "undecodable picture": 1, "bad row": 2}
+    assert told(cache.summary) == (
+        "3 pairs of 7 rows, 2 x bad row, 1 x tie, 1 x undecodable picture"
+    )
+    listed = {row["row"]: row["reason"] for row in skipped_rows(cache)}
+    assert sorted(listed) == [2, 4, 5]
+    assert "row 2 (pairs.parquet): cannot decode the image" in listed[2]
+
+
+def test_a_second_run_encodes_nothing(tmp_path: Path, family: Family, run: Run) -> None:
+    config = config_of(tmp_path, good_rows(3))
+    first = cached_pairs(config, family, run)
+    calls: list[int] = []
+    family.vae.encoder.register_forward_pre_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
+    assert cached_pairs(config, family, run).folder == first.folder
+    assert calls == []
+    write_pairs(tmp_path / "pairs.parquet", [(*row[:3], 1 - row[3]) for row in good_rows(3)])
+    flipped = cached_pairs(config, family, run)
+    assert flipped.folder != first.folder
+    assert calls
+    assert np.allclose(flipped.win, first.lose, atol=1e-6)
+
+
+def test_another_encoder_is_another_cache(
+    tmp_path: Path, make_tiny_sd: Any, tiny_sd: Path, run: Run
+) -> None:
+    config = config_of(tmp_path, good_rows(2))
+    one, same = load_family(tiny_sd), load_family(make_tiny_sd("copy"))
+    other = load_family(tiny_sd)
+    with torch.no_grad():
+        next(other.text_encoder.parameters()).add_(1e-6)  # type: ignore[attr-defined]
+    folders = [cached_pairs(config, family, run).folder for family in (one, same, other)]
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_held_out_prompts_are_not_trained_on(tmp_path: Path, family: Family, run: Run) -> None:
+    config = config_of(tmp_path, good_rows(24), held_out_fraction=0.4, held_out_seed=1)
+    aside = held_out_prompts(config)
+    assert aside == [f"prompt {i}" for i in range(12) if held_out(f"prompt {i}", 0.4, 1)]
+    assert 0 < len(aside) < 12
+    kept = [f"prompt {i}" for i in range(12) if f"prompt {i}" not in aside]
+    # besides, what is evaluated on is left out, however it is written
+    cache = cached_pairs(config, family, run, exclude=[f"  {kept[0].upper()}. "])
+    assert len(cache) == 2 * (len(kept) - 1)
+    assert cache.summary["dropped"] == {"held-out prompt": 24 - len(cache)}
+
+
+def test_pictures_of_other_sizes_are_cut_to_the_models_square(
+    tmp_path: Path, family: Family, run: Run
+) -> None:
+    wide = np.zeros((32, 96, 3), dtype=np.uint8)
+    wide[:, 32:64] = 255  # the centre square
+    rows = [("x", encode_png(wide), encode_png(picture(1)), 1.0)]
+    cache = cached_pairs(config_of(tmp_path, rows), family, run)
+    white = family.encode_images(torch.ones(1, 3, 64, 64))
+    assert np.allclose(cache.win[0], white[0].numpy(), atol=1e-4)
+
+
+def test_no_pair_left_is_one_sentence(tmp_path: Path, family: Family, run: Run) -> None:
+    rows = [(*row[:3], 0.5) for row in good_rows(2)]
+    with pytest.raises(InputError, match=r"no pair is left .*: 0 pairs of 2 rows, 2 x tie"):
+        cached_pairs(config_of(tmp_path, rows), family, run)
+
+
+def test_a_missing_table_leaves_no_cache(tmp_path: Path, family: Family, run: Run) -> None:
+    config = OfflineConfig(data=str(tmp_path / "no.parquet"), cache=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"no\.parquet does not exist"):
+        cached_pairs(config, family, run)
+    assert not (tmp_path / "cache").exists()
+
+
+# ---- updates ------------------------------------------------------------------------------------
+
+
+def start(
+    tiny_sd: Path, config: OfflineConfig, run: Run, **optim: Any
+) -> tuple[Learner, OfflineSource]:
+    family = load_family(tiny_sd)
+    policy = Policy(family, PolicyConfig())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    plain = {"micro_batch": 2, "learning_rate": 1.0, "max_grad_norm": None}
+    settings = OptimConfig(**{**plain, **optim})
+    sgd = torch.optim.SGD(policy.trainable(), lr=1.0)
+    policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, sgd)
+    objective = BoundObjective.from_config(ObjectiveConfig(name="dpo", beta=2000.0))
+    cache = cached_pairs(config, family, run)
+    return Learner(policy, wrapped, objective, settings), OfflineSource(
+        config, settings, family, cache, run
+    )
+
+
+def published_loss(learner: Learner, cache: PairCache, pairs: list[tuple[int, int]]) -> Tensor:
+    """Diffusion-DPO's loss as its authors compute it, with diffusers' own noising.
+
+    inside = -beta/2 * ((mse_w - mse_l)_policy - (mse_w - mse_l)_ref), loss = -log sigmoid(inside).
+    """
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_pretrained(learner.policy.family.name, subfolder="scheduler")
+
+    def mse(latents: np.ndarray[Any, Any], epoch: int, row: int) -> Tensor:
+        noise = image_noise([derive_seed(SEED, "noise", epoch, row)], latents.shape, 0)
+        t = torch.tensor([derive_seed(SEED, "time", epoch, row) % 1000])
+        noisy = scheduler.add_noise(torch.from_numpy(latents.copy())[None], noise, t)
+        cond = torch.from_numpy(cache.cond[cache.prompt[row]].copy())[None]
+        return (learner.policy.bare(noisy, t, cond).sample - noise).square().mean()
+
+    losses = []
+    for epoch, row in pairs:
+        difference = mse(cache.win[row], epoch, row) - mse(cache.lose[row], epoch, row)
+        with learner.policy.reference():
+            reference = mse(cache.win[row], epoch, row) - mse(cache.lose[row], epoch, row)
+        losses.append(torch.nn.functional.softplus(1000.0 * (difference - reference)))
+    return torch.stack(losses).mean()
+
+
+def gradient(learner: Learner, source: OfflineSource, run: Run, index: int) -> Tensor:
+    before = [p.detach().clone() for p in learner.policy.trainable()]
+    train_step(learner, next(source.round(index).updates), run, 0)
+    now = learner.policy.trainable()
+    found = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, now, strict=True)])
+    with torch.no_grad():
+        for p, b in zip(now, before, strict=True):
+            p.copy_(b)
+    return found
+
+
+def test_an_update_is_the_published_loss_over_an_epochs_border(
+    tmp_path: Path, tiny_sd: Path, run: Run
+) -> None:
+    learner, source = start(tiny_sd, config_of(tmp_path, good_rows(5)), run, accumulation=2)
+    order = shuffled(SEED, 5, 0, 10)
+    pairs = [(0, order[4]), (1, order[5]), (1, order[6]), (1, order[7])]  # the second update of 4
+    loss = published_loss(learner, source.cache, pairs)
+    expected = torch.autograd.grad(loss, learner.policy.trainable())
+    flat = torch.cat([part.flatten() for part in expected])
+    found = gradient(learner, source, run, 1)
+    assert float((found - flat).abs().max() / flat.abs().max()) < 1e-4
+    result = train_step(learner, next(source.round(1).updates), run, 0)
+    assert result["loss"] == pytest.approx(loss.item(), rel=5e-4)  # float32, beta 2000
+    assert result["pairs"] == 4
+
+
+def test_the_micro_batch_does_not_change_the_gradient(
+    tmp_path: Path, tiny_sd: Path, run: Run
+) -> None:
+    config = config_of(tmp_path, good_rows(5))
+    found = [
+        gradient(*start(tiny_sd, config, run, micro_batch=m, accumulation=a), run, 0)
+        for m, a in ((4, 1), (1, 4))
+    ]
+    assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) < 2e-5
+
+
+def test_winner_and_loser_meet_the_same_noise(tmp_path: Path, tiny_sd: Path, run: Run) -> None:
+    rows = [("x", encode_png(picture(1)), encode_png(picture(1)), 1.0)] * 2
+    learner, source = start(tiny_sd, config_of(tmp_path, rows), run)
+    update = next(source.round(0).updates)
+    logp = update.chunks[0].logp(learner.policy.bare)
+    assert torch.equal(logp[:2], logp[2:])  # a picture against itself
+    assert not torch.equal(logp[0], logp[1])  # another pair, another time and noise
+
+
+def test_the_encoders_are_not_used_in_the_loop(tmp_path: Path, tiny_sd: Path, run: Run) -> None:
+    learner, source = start(tiny_sd, config_of(tmp_path, good_rows(3)), run)
+    calls: list[int] = []
+    for part in (source.family.vae, source.family.text_encoder):  # type: ignore[attr-defined]
+        for module in part.modules():
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
+    train_step(learner, next(source.round(0).updates), run, 0)
+    assert calls == []
+
+
+def test_prompts_are_dropped_as_often_as_asked(tmp_path: Path, tiny_sd: Path, run: Run) -> None:
+    config = config_of(tmp_path, good_rows(4), empty_prompts=0.25)
+    _, source = start(tiny_sd, config, run)
+    rows = [source._prompt(epoch, row) for epoch in range(500) for row in range(4)]
+    assert abs(np.mean([row == 0 for row in rows]) - 0.25) < 0.04  # 4 standard deviations
+    assert rows == [source._prompt(epoch, row) for epoch in range(500) for row in range(4)]
+
+
+def test_the_summary_is_plain_json(tmp_path: Path, family: Family, run: Run) -> None:
+    cache = cached_pairs(config_of(tmp_path, good_rows(3)), family, run)
+    summary = json.loads((cache.folder / "summary.json").read_text())
+    assert (summary["rows"], summary["pairs"], summary["dropped"]) == (3, 3, {})

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from pair_files import write_pairs
+from typer.testing import CliRunner
+
+from fifa.cli import _lines, _quoted, app
+
+
+def fifa(*args: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would, with its output in pipes."""
+    command = [sys.executable, "-m", "fifa.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_score_select_report(tmp_path: Path) -> None:
+    data, out = write_pairs(tmp_path / "a.parquet"), tmp_path / "scores"
+    scored = fifa("score", data, "--out", out, "--reward", "jpeg_incompressibility", "--limit", 36)
+    assert scored.returncode == 0, scored.stderr
+    assert "36 of 36 rows scored (0 found done), 9 ties" in scored.stdout
+    assert re.search(r"^scoring: 36 of 36", scored.stderr, re.MULTILINE)
+    assert "\x1b" not in scored.stderr  # no bars in a pipe
+    run = CliRunner()
+    kept = run.invoke(
+        app, ["select", str(out), "-k", "25%", "--method", "greedy", "--alpha", "0.1"]
+    )
+    assert kept.exit_code == 0, kept.output
+    assert "9  kept" in kept.output
+    assert "f(S) at 9 pairs: greedy" in kept.output
+    assert pq.read_metadata(out / "kept.parquet").num_rows == 9
+    assert run.invoke(app, ["report", str(out)]).output.strip() == str(out / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["score", "nowhere", "--out", "x"], "nowhere does not exist"),
+        (["select", "nowhere"], "nowhere holds no scores"),
+        (["select", "nowhere", "-k", "lots"], "the number of pairs is 'lots'"),
+        (["select", "nowhere", "--method", "gredy"], "should be 'importance', 'greedy'"),
+        (["select", "nowhere", "--alpha", "-1"], "greater than or equal to 0"),
+        (["select", "nowhere", "--set", "kap=3"], "unknown key 'kap'; did you mean 'cap'?"),
+        (["report", "nowhere"], "nowhere holds no selection"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    args: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = CliRunner().invoke(app, args)
+    assert part in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not Path("x").exists()
+
+
+def test_an_error_reaches_the_shell_as_one_line(tmp_path: Path) -> None:
+    result = fifa("score", tmp_path / "none.parquet", "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"error: {tmp_path / 'none.parquet'} does not exist "
+        f"(expected a .parquet file or a folder of them)\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_sets_what_the_options_do_not(tmp_path: Path) -> None:
+    data, out = write_pairs(tmp_path / "a.parquet"), tmp_path / "with space: #1"
+    (tmp_path / "c.yaml").write_text("reward: jpeg_compressibility\nlimit: 8\n")
+    options = ["--config", str(tmp_path / "c.yaml"), "--set", "neighbours=2", "--limit", "12"]
+    result = CliRunner().invoke(app, ["score", str(data), "--out", str(out), *options])
+    assert result.exit_code == 0, result.exception
+    assert pq.read_metadata(out / "scores.parquet").num_rows == 12
+
+
+def test_settings_lists_every_setting_with_its_meaning() -> None:
+    output = CliRunner().invoke(app, ["settings"]).output
+    assert "min_quality = 0.0  (float)  Drop prompts judged below this." in output
+    assert "data = required" in output
+
+
+@pytest.mark.parametrize("command", ["world", "score", "select", "report"])
+def test_help_has_an_example(command: str) -> None:
+    assert f"fifa {command}" in CliRunner().invoke(app, [command, "--help"]).output
+
+
+@pytest.mark.parametrize("text", ["a b", "x: y", "#1", "0.5%", "a/b.c", "1e-3", "[", ""])
+def test_options_survive_the_way_through_yaml(text: str) -> None:
+    import yaml
+
+    assert str(yaml.safe_load(_quoted(text))) == text
+
+
+def test_plain_progress_begins_ends_and_is_quiet_between(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show = _lines(every=60.0)
+    for done in range(0, 101, 10):
+        show("scoring", done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "scoring: 0 of 100"
+    assert lines[1].startswith("scoring: 100 of 100")
