@@ -1,4 +1,4 @@
-"""The embedded mini Stable Diffusion: how it is made, that it loads in diffusers, what it can do."""
+"""The embedded mini Stable Diffusion: how it is made, that it loads in diffusers, what it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fifa.miniworld import phrase, prompts, sample_request
 from fifa.miniworld.oracle import check
 from fifa.miniworld.tokenizer import CONTEXT, build_tokenizer, vocabulary
 
-TINY = Recipe(vae_steps=(2, 1, 1), vae_batch=4, scenes=70, unet_steps=2, unet_batch=8)
+TINY = Recipe(vae_steps=(2, 1, 1), vae_batch=4, scenes=70, unet_steps=(2, 1), unet_batch=8)
 
 
 def test_each_word_is_one_token_and_other_text_falls_back_to_bytes() -> None:
@@ -88,7 +88,7 @@ def test_the_shipped_folder_samples_in_diffusers_and_is_small() -> None:
 
 @pytest.mark.parametrize("guidance", [3.0])
 def test_it_paints_what_is_asked_often_but_not_always(guidance: float) -> None:
-    """40 to 80% over 1,000 prompts (benchmarks/mini_sd.py); 64 samples may be 19 points off (3 sigma)."""
+    """40 to 80% over 1,000 prompts (benchmarks/mini_sd.py); 64 may be 19 points off (3 sigma)."""
     family = load_family("mini")
     texts = prompts("heldout", 64, 5)
     orders = [Order(text, i, i) for i, text in enumerate(texts)]

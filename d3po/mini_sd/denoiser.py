@@ -102,9 +102,14 @@ def train(
     steps: int,
     batch: int,
     learning_rate: float,
+    time_power: float,
     log: Callable[[int, float, Denoiser], None],
 ) -> Denoiser:
-    """Minimise the error of the predicted noise; returns the exponential average of the weights."""
+    """Minimise the error of the predicted noise; returns the exponential average of the weights.
+
+    Times are drawn with density proportional to t ** (time_power - 1): 1 is uniform, 2 dwells on
+    the noisy times at which a picture's layout is decided.
+    """
     abar = build_scheduler().alphas_cumprod
     average = deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), learning_rate, weight_decay=0.01)
@@ -116,7 +121,7 @@ def train(
         x0, tokens = _batch(
             tokenizer, latents, requests, batch, np.random.default_rng([seed, step])
         )
-        t = torch.randint(len(abar), (batch,), generator=draw)
+        t = (torch.rand(batch, generator=draw) ** (1 / time_power) * len(abar)).long()
         noise = torch.randn(x0.shape, generator=draw)
         a = abar[t].view(-1, 1, 1, 1)
         loss = F.mse_loss(denoiser(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, tokens), noise)

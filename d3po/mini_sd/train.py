@@ -33,13 +33,14 @@ class Recipe:
 
     seed: int = 0
     threads: int = 1  # for nets this small one thread a process beats two
-    vae_steps: tuple[int, ...] = (2600, 1300, 1500)  # cycles of the learning rate
+    vae_steps: tuple[int, ...] = (2600, 1300, 1200)  # cycles of the learning rate
     vae_learning_rate: tuple[float, ...] = (2e-3, 1.2e-3, 1e-3)
     vae_guided_share: tuple[float, ...] = (0.3, 0.0, 0.0)
     vae_decoder_only: tuple[bool, ...] = (False, False, True)
     vae_batch: int = 16
     scenes: int = 40_960
-    unet_steps: int = 7_500
+    unet_steps: tuple[int, ...] = (7_500, 4_500)
+    unet_time_power: tuple[float, ...] = (1.0, 2.0)
     unet_batch: int = 64
     unet_learning_rate: float = 1e-3
 
@@ -119,18 +120,21 @@ def _denoiser(
             if step % 1000 == 999:  # a look at the model before it is done
                 torch.save(average.state_dict(), work / "preview.pt")
 
-        average = denoiser.train(
-            fresh,
-            tokenizer,
-            latents,
-            requests,
-            seed=recipe.seed,
-            steps=recipe.unet_steps,
-            batch=recipe.unet_batch,
-            learning_rate=recipe.unet_learning_rate,
-            log=log,
-        )
-        torch.save(average.state_dict(), file)
+        cycles = zip(recipe.unet_steps, recipe.unet_time_power, strict=True)
+        for i, (steps, time_power) in enumerate(cycles):
+            fresh = denoiser.train(
+                fresh.requires_grad_(True).train(),
+                tokenizer,
+                latents,
+                requests,
+                seed=recipe.seed + 10 * i,
+                steps=steps,
+                batch=recipe.unet_batch,
+                learning_rate=recipe.unet_learning_rate,
+                time_power=time_power,
+                log=log,
+            )
+        torch.save(fresh.state_dict(), file)
         facts["minutes"]["unet"] = round((time.monotonic() - start) / 60, 1)
     fresh.load_state_dict(torch.load(file))
     return fresh.eval()
@@ -152,6 +156,11 @@ def save(vae: AutoencoderKL, trained: denoiser.Denoiser, out: Path) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(out)
     pipeline.to(torch.float32)
+    # diffusers loads float32 unless told otherwise, transformers >= 5 what the config says: they
+    # must agree, or the text encoder hands half precision to a float32 UNet.
+    config = out / "text_encoder" / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    write_atomic(config, json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
 
 
 def _log(stage: str, step: int, loss: float, start: float, every: int = 100) -> None:

@@ -174,19 +174,18 @@ def _recipe(seed: int, rows_per_shard: int, population: Population, pipeline: st
 def _missing(out: Path, jobs: Sequence[Job]) -> list[Job]:
     """The jobs that are not done yet; InputError if the folder belongs to somebody else."""
     known = {job.path.name: job for job in jobs}
+    for leftover in out.glob(".tmp-*-shard-*.parquet"):  # of a killed write
+        leftover.unlink()
     done = set()
-    for file in sorted(out.glob("*.parquet")):
-        if file.name.startswith("."):
-            file.unlink()  # what a killed write left
-            continue
+    for file in sorted(out.glob("[!.]*.parquet")):
         job = known.get(file.name)
         state = _state(file)
-        if job is None or state is None or state["recipe"] != job.recipe:
+        if job is None or state is None or state.get("recipe") != job.recipe:
             raise InputError(
                 f"{file} is not part of this data set (other settings, code or fewer rows); "
                 f"choose an empty folder or remove it"
             )
-        if state["rows"] == job.rows:
+        if state.get("rows") == job.rows:
             done.add(job.shard)
     return [job for job in jobs if job.shard not in done]
 
