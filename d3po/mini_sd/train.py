@@ -39,8 +39,8 @@ class Recipe:
     vae_decoder_only: tuple[bool, ...] = (False, False, True)
     vae_batch: int = 16
     scenes: int = 40_960
-    unet_steps: tuple[int, ...] = (7_500, 4_500)
-    unet_time_power: tuple[float, ...] = (1.0, 2.0)
+    unet_steps: tuple[int, ...] = (7_500,)  # cycles of the learning rate
+    unet_time_power: tuple[float, ...] = (1.0,)
     unet_batch: int = 64
     unet_learning_rate: float = 1e-3
 

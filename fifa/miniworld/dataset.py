@@ -219,7 +219,7 @@ def _written(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
                 "perhaps with fewer workers, and it goes on where it stopped"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _write_shard(job: Job) -> None:
