@@ -88,7 +88,7 @@ def test_the_shipped_folder_samples_in_diffusers_and_is_small() -> None:
 
 @pytest.mark.parametrize("guidance", [3.0])
 def test_it_paints_what_is_asked_often_but_not_always(guidance: float) -> None:
-    """40 to 80% over 1,000 prompts (benchmarks/mini_sd.py); 64 may be 19 points off (3 sigma)."""
+    """21% over 1,000 prompts (benchmarks/mini_sd.py); 64 may be 15 points off (3 sigma)."""
     family = load_family("mini")
     texts = prompts("heldout", 64, 5)
     orders = [Order(text, i, i) for i, text in enumerate(texts)]
@@ -97,4 +97,4 @@ def test_it_paints_what_is_asked_often_but_not_always(guidance: float) -> None:
     for made in generate(family, family.denoiser, sampler, orders):
         part = texts[len(held) : len(held) + len(made.images)]
         held += [check(i, t).all_hold for i, t in zip(to_uint8(made.images), part, strict=True)]
-    assert 0.21 <= np.mean(held) <= 0.99
+    assert 0.06 <= np.mean(held) <= 0.36

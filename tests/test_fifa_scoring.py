@@ -118,7 +118,7 @@ def test_a_reward_that_refuses_some_prompts_costs_those_rows_only(tmp_path: Path
     stars = sum("star" in caption(i) for i in range(40))
     assert summary.rejected == {"the reward refuses": stars}
     assert 0 < stars < 40 - summary.scored + 1
-    with pytest.raises(InputError, match="^reward 'picky' returned"):
+    with pytest.raises(InputError, match=r"^reward 'picky' returned"):
         score(
             ScoreConfig(
                 data=data, out=tmp_path / "b", reward=spec, reward_args={"broken": True}, limit=3
