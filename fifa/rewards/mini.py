@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fifa.config import InputError
+from fifa.config import InputError, fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ class MiniReward:
                 f"no open_clip model at {path}: open_clip_config.json is missing there"
             )
         self.batch = batch
+        self.version = fingerprint(Path(path))  # scores of other weights are not continued
         self.model = open_clip.create_model(f"local-dir:{path}").eval().requires_grad_(False)
         self.tokenize = open_clip.get_tokenizer(f"local-dir:{path}")
 
