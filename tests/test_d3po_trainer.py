@@ -191,7 +191,7 @@ def test_a_step_reports_the_means_over_pairs(tiny_sd: Path, run: Run) -> None:
 
 
 def test_the_weights_after_a_step_are_those_of_adamw(tiny_sd: Path, run: Run) -> None:
-    learner = learner_of(tiny_sd, run, max_grad_norm=0.5)
+    learner = learner_of(tiny_sd, run, max_grad_norm=0.5, warmup_steps=2)
     own = [p.detach().clone().requires_grad_() for p in learner.policy.trainable()]
     reference_optimizer = torch.optim.AdamW(own, lr=1e-3, weight_decay=1e-4)
     source = Repeat(learner.policy.family)
@@ -206,6 +206,7 @@ def test_the_weights_after_a_step_are_those_of_adamw(tiny_sd: Path, run: Run) ->
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         for p, gradient in zip(own, gradients, strict=True):
             p.grad = gradient * min(1.0, 0.5 / float(norm))
+        reference_optimizer.param_groups[0]["lr"] = (0.5e-3, 1e-3, 1e-3)[step]
         reference_optimizer.step()
         train_step(learner, update, run, step)
         expected = torch.cat([p.detach().flatten() for p in own])
@@ -270,6 +271,17 @@ def test_a_gradient_that_is_not_finite_leaves_everything_alone(tiny_sd: Path, ru
     assert torch.equal(weights(learner), before)
     assert train_step(learner, next(source.round(2).updates), run, 2)["skipped"] == 0
     assert not torch.equal(weights(learner), before)
+
+
+def test_the_average_follows_the_weights_and_not_a_skipped_step(tiny_sd: Path, run: Run) -> None:
+    learner = learner_of(tiny_sd, run, PolicyConfig(ema_decay=0.9))
+    source = Repeat(learner.policy.family, lambda index: math.nan if index == 1 else 1.0)
+    before = weights(learner)
+    for step in range(2):
+        train_step(learner, next(source.round(step).updates), run, step)
+    expected = before + 0.9 * (weights(learner) - before)  # the first update has a decay of 0.1
+    with learner.policy.averaged():
+        assert torch.allclose(weights(learner), expected, atol=1e-7)
 
 
 def test_a_step_without_a_pair_moves_nothing(tiny_sd: Path, run: Run) -> None:
