@@ -18,7 +18,7 @@ from fifa.miniworld import phrase, prompts, sample_request
 from fifa.miniworld.oracle import check
 from fifa.miniworld.tokenizer import CONTEXT, build_tokenizer, vocabulary
 
-TINY = Recipe(vae_steps=(2, 1, 1), vae_batch=4, scenes=70, unet_steps=(2,), unet_batch=8)
+TINY = Recipe(threads=1, vae_steps=(2, 1, 1), vae_batch=4, scenes=70, unet_steps=(2,), unet_batch=8)
 
 
 def test_each_word_is_one_token_and_other_text_falls_back_to_bytes() -> None:

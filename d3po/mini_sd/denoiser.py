@@ -6,19 +6,23 @@ meets every paraphrase. Held-out requests (see `Request.split`) are never drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d3po.mini_sd.autoencoder import LATENT_CHANNELS
 from d3po.mini_sd.text import WIDTH
 from fifa.images import to_batch
 from fifa.miniworld import Request, compose, phrase, render, sample_request
+from fifa.miniworld import vocabulary as words
+from fifa.miniworld.captions import pick
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 PROMPT_DROPOUT = 0.1  # share of empty prompts, for classifier-free guidance
 EMA_DECAY = 0.999
+MAX_WEIGHT = 4.0  # of the error at one time
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -62,6 +67,18 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def detailed_request(rng: np.random.Generator) -> Request:
+    """A training request that says more than most people do: more is learned from each picture."""
+    while True:
+        request = sample_request(rng, "train")
+        if request.background is None and rng.random() < 0.5:
+            request = replace(request, background=pick(rng, words.BACKGROUNDS))
+        if [group.count for group in request.groups] == [1, 1] and rng.random() < 0.5:
+            request = replace(request, relation=pick(rng, words.RELATIONS))
+        if request.split == "train":
+            return request
+
+
 @torch.no_grad()
 def encode_scenes(
     vae: AutoencoderKL, count: int, seed: int, log: Callable[[int], None]
@@ -70,7 +87,7 @@ def encode_scenes(
     rng = np.random.default_rng(seed)
     latents, requests = [], []
     for start in range(0, count, 64):
-        batch = [sample_request(rng, "train") for _ in range(min(64, count - start))]
+        batch = [detailed_request(rng) for _ in range(min(64, count - start))]
         pixels = to_batch([render(compose(request, rng)) for request in batch]) * 2 - 1
         latents.append(vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
         requests += batch
@@ -88,8 +105,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """Predicted noise (B, C, H, W) for x_t (B, C, H, W), t (B,), tokens (B, L)."""
-        words = self.text_encoder(tokens).last_hidden_state
-        return self.unet(x_t, t, words).sample
+        states = self.text_encoder(tokens).last_hidden_state
+        return self.unet(x_t, t, states).sample
 
 
 def train(
@@ -102,17 +119,22 @@ def train(
     steps: int,
     batch: int,
     learning_rate: float,
-    time_power: float,
+    snr_power: float,
     log: Callable[[int, float, Denoiser], None],
 ) -> Denoiser:
     """Minimise the error of the predicted noise; returns the exponential average of the weights.
 
-    Times are drawn with density proportional to t ** (time_power - 1): 1 is uniform, 2 dwells on
-    the noisy times at which a picture's layout is decided.
+    The error at time t weighs SNR(t) ** -snr_power, at most MAX_WEIGHT. Unweighted, the noisy times
+    at which backdrop and layout are decided hardly count: there the noise is nearly all of x_t, and
+    a picture that ignores its prompt costs next to nothing (cf. Yu et al. 2023, arXiv 2310.08442,
+    whose weight is the power 1/2).
     """
     abar = build_scheduler().alphas_cumprod
+    weights = ((1 - abar) / abar).pow(snr_power).clamp(max=MAX_WEIGHT)
     average = deepcopy(denoiser).requires_grad_(False)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), learning_rate, weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=0.05, anneal_strategy="cos"
     )
@@ -121,10 +143,12 @@ def train(
         x0, tokens = _batch(
             tokenizer, latents, requests, batch, np.random.default_rng([seed, step])
         )
-        t = (torch.rand(batch, generator=draw) ** (1 / time_power) * len(abar)).long()
+        t = _spread_times(batch, len(abar), draw)
         noise = torch.randn(x0.shape, generator=draw)
         a = abar[t].view(-1, 1, 1, 1)
-        loss = F.mse_loss(denoiser(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, tokens), noise)
+        with half_precision():
+            pred = denoiser(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, tokens)
+        loss = (weights[t] * (pred.float() - noise).square().mean((1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -133,6 +157,22 @@ def train(
         _average(average, denoiser, min(EMA_DECAY, (1 + step) / (10 + step)))
         log(step, loss.item(), average)
     return average.eval()
+
+
+def _spread_times(batch: int, steps: int, draw: torch.Generator) -> Tensor:
+    """Times (batch,), each uniform over the schedule, together spread evenly over it."""
+    spread = (torch.arange(batch) + torch.rand(1, generator=draw)) / batch
+    return (spread * steps).long().clamp(max=steps - 1)
+
+
+@contextmanager
+def half_precision() -> Iterator[None]:
+    """bfloat16 where it pays on a CPU: 1.7 times the speed of float32 for this network.
+
+    Fused attention is left out: its backward pass in bfloat16 took half of a training step.
+    """
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
+        yield
 
 
 def _batch(

@@ -32,15 +32,15 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 0
-    threads: int = 1  # for nets this small one thread a process beats two
+    threads: int = 2
     vae_steps: tuple[int, ...] = (2600, 1300, 1200)  # cycles of the learning rate
     vae_learning_rate: tuple[float, ...] = (2e-3, 1.2e-3, 1e-3)
     vae_guided_share: tuple[float, ...] = (0.3, 0.0, 0.0)
     vae_decoder_only: tuple[bool, ...] = (False, False, True)
     vae_batch: int = 16
-    scenes: int = 40_960
-    unet_steps: tuple[int, ...] = (7_500,)  # cycles of the learning rate
-    unet_time_power: tuple[float, ...] = (1.0,)
+    scenes: int = 98_304
+    unet_steps: tuple[int, ...] = (32_000,)  # cycles of the learning rate
+    unet_snr_power: tuple[float, ...] = (0.5,)
     unet_batch: int = 64
     unet_learning_rate: float = 1e-3
 
@@ -120,8 +120,8 @@ def _denoiser(
             if step % 1000 == 999:  # a look at the model before it is done
                 torch.save(average.state_dict(), work / "preview.pt")
 
-        cycles = zip(recipe.unet_steps, recipe.unet_time_power, strict=True)
-        for i, (steps, time_power) in enumerate(cycles):
+        cycles = zip(recipe.unet_steps, recipe.unet_snr_power, strict=True)
+        for i, (steps, snr_power) in enumerate(cycles):
             fresh = denoiser.train(
                 fresh.requires_grad_(True).train(),
                 tokenizer,
@@ -131,7 +131,7 @@ def _denoiser(
                 steps=steps,
                 batch=recipe.unet_batch,
                 learning_rate=recipe.unet_learning_rate,
-                time_power=time_power,
+                snr_power=snr_power,
                 log=log,
             )
         torch.save(fresh.state_dict(), file)
