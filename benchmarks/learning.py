@@ -35,7 +35,8 @@ def train(config: Path, folder: Path, seed: int, overrides: list[str]) -> float:
     """One run in a process of its own; minutes it took (0 if it was finished before)."""
     start = time.monotonic()
     command = [sys.executable, str(ROOT / "train.py"), str(config)]
-    command += [f"run.dir={folder}", f"run.seed={seed}", "eval.prompts=null", *overrides]
+    command += [f"run.dir={folder}", f"run.seed={seed}", f"policy.seed={seed}"]
+    command += ["eval.prompts=null", *overrides]
     # One thread a process beats two for nets this small.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)

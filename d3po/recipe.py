@@ -174,7 +174,8 @@ def train(config: TrainConfig) -> RunFolder:
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
         _tell_what_was_skipped(source, run)
-        fit(learner, source, run, evaluator, config.eval.every)
+        with run.kernels():
+            fit(learner, source, run, evaluator, config.eval.every)
         with policy.averaged():
             weights = run.save_weights(policy.save)
         run.say(f"weights are in {weights}")

@@ -39,7 +39,7 @@ class Recipe:
     vae_decoder_only: tuple[bool, ...] = (False, False, True)
     vae_batch: int = 16
     scenes: int = 98_304
-    unet_steps: tuple[int, ...] = (32_000,)  # cycles of the learning rate
+    unet_steps: tuple[int, ...] = (10_000,)  # cycles of the learning rate
     unet_snr_power: tuple[float, ...] = (0.5,)
     unet_batch: int = 64
     unet_learning_rate: float = 1e-3

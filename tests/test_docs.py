@@ -1,0 +1,96 @@
+"""Every command in the documents runs, as a person would type it, but for the sizes below.
+
+Commands are the lines of fenced blocks marked `sh`. A block marked `sh no-run` needs what cannot
+be here (weights of gigabytes, a server, a cluster) and is only checked for being marked so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "configs/README.md", "benchmarks/README.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+
+# What is written -> what is run: the same command on less.
+SMALLER = {
+    r"--rows \d+": "--rows 800",
+    r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "
+    "optim.accumulation=1 online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 "
+    "online.prompt_count=20 eval.count=1 eval.images=2",
+    r"(configs/mini_fifa_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=2 "
+    "sampler.steps=3 eval.count=1 eval.images=2",
+    r" optim\.max_steps=50\b": "",
+    r"--prompts 1000": "--prompts 4",
+}
+LEFT_OUT = ("make ",)  # what runs these tests, and what they run
+
+
+def blocks(text: str, mark: str) -> list[str]:
+    """The fenced blocks whose opening line is ``` and `mark`."""
+    return re.findall(rf"^```{re.escape(mark)}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a document's `sh` blocks in order, continued lines joined, comments cut."""
+    lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
+    bare = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+    return [line for line in bare if line and not line.startswith(LEFT_OUT)]
+
+
+def smaller(command: str) -> str:
+    """The command at the sizes of a test."""
+    for written, run in SMALLER.items():
+        command = re.sub(written, run, command)
+    return command
+
+
+def test_commands_are_found_and_made_smaller() -> None:
+    text = (
+        "a\n```sh\nmake x\nfifa world --rows 20000 \\\n  --out o  # c\n```\n```sh no-run\ny\n```\n"
+    )
+    assert commands(text) == ["fifa world --rows 20000    --out o"]
+    assert smaller("fifa world --rows 20000") == "fifa world --rows 800"
+    assert len(commands((ROOT / "README.md").read_text(encoding="utf-8"))) >= 8
+
+
+def test_blocks_are_marked_with_what_they_are() -> None:
+    marks = {
+        mark
+        for name in DOCUMENTS
+        for mark in re.findall(r"^```(\S.*)$", (ROOT / name).read_text("utf-8"), re.MULTILINE)
+    }
+    assert marks <= {"sh", "sh no-run", "text", "python", "yaml", "json", "html"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder in which the documents' relative paths mean what they mean in a checkout."""
+    for name in ("train.py", "configs", "benchmarks"):
+        source, target = ROOT / name, tmp_path / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_runs(name: str, place: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for command in commands((ROOT / name).read_text(encoding="utf-8")):
+        ended = subprocess.run(
+            smaller(command),
+            shell=True,
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, f"{command}\n{ended.stdout[-1500:]}\n{ended.stderr[-1500:]}"
