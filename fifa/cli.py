@@ -83,9 +83,7 @@ def world(
 def score(
     data: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
     out: Annotated[Path, typer.Option(help="Folder for the scores; continued if unfinished.")],
-    reward: Annotated[
-        str | None, typer.Option(help="Proxy reward, e.g. mini, 0.5*a+0.5*b.")
-    ] = None,
+    reward: Annotated[str | None, typer.Option(help="Proxy reward, see `fifa rewards`.")] = None,
     judge: Annotated[
         str | None, typer.Option(help="Judge of text quality, e.g. heuristic.")
     ] = None,

@@ -539,6 +539,7 @@ def test_offline_says_what_to_download(tmp_path: Path) -> None:
     )
     lines = result.stdout.splitlines()
     assert len(lines) == 6, result.stdout
+    assert "ERROR" not in result.stderr
     for line, what in zip(
         lines,
         (

@@ -147,7 +147,7 @@ def hub_file(repository: str, name: str, reward: str, whole: bool = False) -> Pa
 def missing(reward: str, what: str, download: str, error: Exception) -> InputError:
     """The one sentence for weights that are neither here nor to be had from the Hub."""
     lines = str(error).strip().splitlines()
-    reason = (lines[0] if lines else type(error).__name__).rstrip(".")
+    reason = (lines[0] if lines else type(error).__name__).split(". ")[0].rstrip(".")
     return InputError(
         f"reward '{reward}' needs {what}, which is not in the Hub cache and could not be "
         f"downloaded ({reason}); get it once by `hf download {download}`, or name a local copy as "
