@@ -6,14 +6,17 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fifa.config import Config, InputError, load_config
+
+if TYPE_CHECKING:
+    from fifa.bench import Quarter, Share
 
 C = TypeVar("C", bound=Config)
 Progress = Callable[[str, int, int], None]
@@ -80,9 +83,7 @@ def world(
 def score(
     data: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
     out: Annotated[Path, typer.Option(help="Folder for the scores; continued if unfinished.")],
-    reward: Annotated[
-        str | None, typer.Option(help="Proxy reward, e.g. mini, 0.5*a+0.5*b.")
-    ] = None,
+    reward: Annotated[str | None, typer.Option(help="Proxy reward, see `fifa rewards`.")] = None,
     judge: Annotated[
         str | None, typer.Option(help="Judge of text quality, e.g. heuristic.")
     ] = None,
@@ -168,6 +169,73 @@ def report(
     print(write_report(folder, examples))
 
 
+@app.command(epilog="Example: `fifa bench runs/scores pairs.json --json bench.json`")
+def bench(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Scored pairs: .json files, or folders of `fifa score`.")
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers to this file as well.")
+    ] = None,
+) -> None:
+    """How often a proxy agrees with people: overall, and by how sure it is."""
+    from fifa.bench import bench as run
+    from fifa.bench import write_json
+
+    results = run(paths)
+    _table(
+        "Agreement with people, 95% Wilson interval",
+        ("proxy", "pairs", "ties", "set aside", "all", "largest margins", "smallest margins"),
+        [
+            (
+                result.proxy,
+                f"{result.strict:,}",
+                f"{result.ties:,}",
+                f"{sum(result.set_aside.values()):,}",
+                *(_share(part) for part in (result.overall, result.largest, result.smallest)),
+            )
+            for result in results
+        ],
+    )
+    _table(
+        "By quarter of |margin|, smallest first: share right (share that the proxy expects)",
+        ("proxy", "1st", "2nd", "3rd", "4th"),
+        [(result.proxy, *map(_calibration, result.quarters)) for result in results],
+    )
+    for result in results:
+        for reason, count in result.set_aside.items():
+            print(f"{result.proxy}: set aside, {count:,} rows: {reason}")
+    if json_file is not None:
+        write_json(json_file, results)
+        print(json_file)
+
+
+def _share(part: Share) -> str:
+    return f"{part.value:.3f} [{part.low:.3f}, {part.high:.3f}]" if part.pairs else "-"
+
+
+def _calibration(quarter: Quarter) -> str:
+    if quarter.agreement.pairs == 0:
+        return "-"
+    expected = "" if quarter.expected is None else f" ({quarter.expected:.3f})"
+    return f"{quarter.agreement.value:.3f}{expected}"
+
+
+@app.command()
+def rewards() -> None:
+    """List every reward that `--reward` knows by name."""
+    from fifa.rewards import REWARDS, describe_rewards
+
+    _table(
+        "Rewards: NAME, NAME:WEIGHTS, package.module:factory, or a sum such as 0.5*a+0.5*b",
+        ("name", "scores", "needs", "gradient", "source"),
+        [
+            (name, entry.scores, entry.needs, "yes" if entry.differentiable else "no", entry.source)
+            for name, entry in zip(REWARDS, describe_rewards(), strict=True)
+        ],
+    )
+
+
 @app.command()
 def settings() -> None:
     """List every setting of `score` and `select` with its default and meaning."""
@@ -179,6 +247,25 @@ def settings() -> None:
         print(f"fifa {name}")
         for setting in describe(cls):
             print(f"  {setting.key} = {setting.default}  ({setting.type})  {setting.description}")
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with lines on a terminal, tab-separated columns under a title in a pipe."""
+    if not sys.stdout.isatty():
+        print(f"# {title}")
+        for row in (header, *rows):
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
 
 
 @contextmanager

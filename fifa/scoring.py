@@ -80,7 +80,8 @@ class ScoreConfig(Config):
     data: Path = Field(description="Parquet file, or folder of them, in Pick-a-Pic v2 columns.")
     out: Path = Field(description="Folder for the scores; an unfinished pass in it is continued.")
     reward: str = Field(
-        "mini", description="Proxy reward: a name, package.module:factory, or 0.5*a+0.5*b."
+        "mini",
+        description="Proxy reward: name, name:weights, package.module:factory, or 0.5*a+0.5*b.",
     )
     reward_args: dict[str, Any] = Field({}, description="Arguments of the reward's factory.")
     judge: str = Field("heuristic", description="Judge of text quality, 0 to 10.")

@@ -1,7 +1,8 @@
 """What scores a picture: one contract, one table, one file for each family of scorers.
 
-A new scorer is one class with `name`, `differentiable` and `__call__`, and one line in REWARDS.
-Outside code plugs in as `package.module:factory`, and `0.7*mini+0.3*neatness` adds them up.
+A new scorer is one class with `name`, `differentiable` and `__call__`, and one line in REWARDS;
+`fifa rewards` tells what it `needs` and its `source`. `pickscore:FOLDER` names other weights,
+outside code plugs in as `package.module:factory`, and `0.7*mini+0.3*neatness` adds them up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from fifa.config import InputError, nearest
 
@@ -39,6 +40,12 @@ class Reward(Protocol):
 
 
 REWARDS: dict[str, str] = {
+    "pickscore": "fifa.rewards.pickscore:PickScore",
+    "hpsv2": "fifa.rewards.hps:HPSv2",
+    "hpsv2.1": "fifa.rewards.hps:HPSv21",
+    "imagereward": "fifa.rewards.blip:ImageReward",
+    "clip": "fifa.rewards.clip:ClipScore",
+    "aesthetic": "fifa.rewards.aesthetic:Aesthetic",
     "mini": "fifa.rewards.mini:MiniReward",
     "oracle": "fifa.rewards.miniworld:OracleReward",
     "oracle_strict": "fifa.rewards.miniworld:StrictOracleReward",
@@ -48,13 +55,44 @@ REWARDS: dict[str, str] = {
 }
 
 
+class Described(NamedTuple):
+    """One line of `fifa rewards`."""
+
+    scores: str  # what it measures, a sentence
+    needs: str
+    differentiable: bool
+    source: str
+
+
+def describe_rewards() -> list[Described]:
+    """What each reward of REWARDS measures, needs and comes from; loads no weights."""
+    found = []
+    for name, address in REWARDS.items():
+        scorer: Any = _imported(address, name)
+        found.append(
+            Described(
+                scores=(scorer.__doc__ or "").strip().splitlines()[0],
+                needs=getattr(scorer, "needs", "nothing"),
+                differentiable=scorer.differentiable,
+                source=getattr(scorer, "source", "this project"),
+            )
+        )
+    return found
+
+
 def load_reward(spec: str, **kwargs: Any) -> Reward:
     """The reward that `spec` names.
 
-    `spec` is a name of REWARDS, a `package.module:factory` whose factory takes `kwargs` and returns
-    a Reward, or a weighted sum of those such as `0.5*mini+0.5*oracle`, which takes no `kwargs`.
-    Raises InputError for an unknown name, a failing import, or arguments the factory does not take.
+    `spec` is a name of REWARDS, `name:path` with the weights it shall use (a local path or a Hub
+    id), a `package.module:factory` whose factory takes `kwargs` and returns a Reward, or a weighted
+    sum of those such as `0.5*mini+0.5*oracle`, which takes no `kwargs`. What begins with a name of
+    REWARDS and a colon is one path to its end; a sum that begins so needs a weight: `1*clip:...`.
+    Raises InputError for an unknown name, a failing import, missing weights, or arguments that the
+    factory does not take.
     """
+    name, colon, path = spec.partition(":")
+    if colon and name in REWARDS:
+        return _made(REWARDS[name], spec, {"path": path, **kwargs})
     if "*" in spec or "+" in spec:
         from fifa.rewards.ensemble import WeightedSum, parse_sum
 
@@ -62,7 +100,7 @@ def load_reward(spec: str, **kwargs: Any) -> Reward:
             raise InputError(f"the sum of rewards '{spec}' takes no arguments, got {list(kwargs)}")
         terms = parse_sum(spec)
         return WeightedSum([load_reward(name) for _, name in terms], [w for w, _ in terms])
-    address = spec if ":" in spec else REWARDS.get(spec)
+    address = spec if colon else REWARDS.get(spec)
     if address is None:
         near = nearest(spec, REWARDS)
         hint = f"did you mean '{near}'? " if near else ""
@@ -70,6 +108,11 @@ def load_reward(spec: str, **kwargs: Any) -> Reward:
             f"unknown reward '{spec}'; {hint}known are {', '.join(REWARDS)} "
             f"and package.module:factory"
         )
+    return _made(address, spec, kwargs)
+
+
+def _made(address: str, spec: str, kwargs: dict[str, Any]) -> Reward:
+    """The reward that the factory at `address` makes of `kwargs`."""
     factory = _imported(address, spec)
     try:
         inspect.signature(factory).bind(**kwargs)

@@ -6,17 +6,22 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fifa.config import InputError
+from fifa.config import InputError, fingerprint
 from fifa.rewards import Reward, score_images
 
 if TYPE_CHECKING:
     import torch
 
-_TERM = re.compile(r"(?:([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\*)?([A-Za-z_][\w.:]*)\+")
+_TERM = re.compile(
+    r"(?:([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\*)?([A-Za-z_][\w.]*(?::[^+*]+)?)\+"
+)
 
 
 def parse_sum(spec: str) -> list[tuple[float, str]]:
-    """`0.5*mini+oracle` -> [(0.5, "mini"), (1.0, "oracle")]; InputError for anything else."""
+    """`0.5*mini+oracle` -> [(0.5, "mini"), (1.0, "oracle")]; InputError for anything else.
+
+    A term may carry weights of its own, `0.5*clip:ViT-B-32:openai`, in a path without `+` and `*`.
+    """
     text = "".join(spec.split()) + "+"
     terms: list[tuple[float, str]] = []
     while text:
@@ -38,6 +43,7 @@ class WeightedSum:
         self.weights = list(weights)
         terms = (f"{w:g}*{m.name}" for m, w in zip(members, weights, strict=True))
         self.name = "+".join(terms)
+        self.version = _versions(members)
         self.differentiable = all(member.differentiable for member in members)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -75,6 +81,8 @@ class RankAverage:
         self._sorted = reference.detach().float().sort(dim=1).values
         terms = (f"{w:g}*{m.name}" for m, w in zip(members, weights, strict=True))
         self.name = f"rank({'+'.join(terms)})"
+        scores = self._sorted.cpu().numpy().tobytes()
+        self.version = fingerprint(_versions(members), scores)
 
     @classmethod
     def fitted(
@@ -111,6 +119,11 @@ def _check(members: Sequence[Reward], weights: Sequence[float]) -> None:
             f"an ensemble needs rewards and one weight each that do not sum to 0, "
             f"got {len(members)} rewards and the weights {list(weights)}"
         )
+
+
+def _versions(members: Sequence[Reward]) -> str:
+    """Changes when the weights of any member do."""
+    return fingerprint(*(f"{m.name} {getattr(m, 'version', '')}" for m in members))
 
 
 def _move(members: Sequence[Reward], device: str) -> None:

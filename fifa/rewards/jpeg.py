@@ -28,6 +28,7 @@ class Incompressibility:
     """Large files score high: detail, texture, noise."""
 
     name = "jpeg_incompressibility"
+    source = "DDPO, arXiv 2305.13301"
     differentiable = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -39,6 +40,7 @@ class Compressibility:
     """Small files score high: smooth and empty pictures."""
 
     name = "jpeg_compressibility"
+    source = "DDPO, arXiv 2305.13301"
     differentiable = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -30,6 +30,7 @@ class MiniReward:
     """
 
     name = "mini"
+    needs = "nothing (its weights are in the package)"
     differentiable = True
 
     def __init__(self, path: str | Path = WEIGHTS, batch: int = 256) -> None:

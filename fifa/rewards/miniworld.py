@@ -26,6 +26,7 @@ class OracleReward:
     """
 
     name = "oracle"
+    needs = "pictures of 32 x 32"
     differentiable = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -40,6 +41,7 @@ class StrictOracleReward:
     """
 
     name = "oracle_strict"
+    needs = "pictures of 32 x 32"
     differentiable = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -52,6 +54,7 @@ class NeatnessReward:
     """How clean an image is, in (0, 1] (see `fifa.miniworld.oracle.neatness`); ignores prompts."""
 
     name = "neatness"
+    needs = "pictures of 32 x 32"
     differentiable = False
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
