@@ -304,17 +304,20 @@ def test_memory_does_not_grow_with_the_data_set(
 
 
 MEASURE = """
-import resource, sys
+import sys, tracemalloc
+import pyarrow
 from fifa.sources import convert
 convert._GROUP_BYTES = 2**21
+tracemalloc.start()
 settings = dict(source="pickapic", path=sys.argv[1], out=sys.argv[2])
 convert.convert(convert.ConvertConfig(**settings))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+arrow = pyarrow.default_memory_pool().max_memory()
+print(arrow + tracemalloc.get_traced_memory()[1])
 """
 
 
-def test_the_whole_process_stays_small(tmp_path: Path) -> None:
-    """Arrow's memory counts here, which tracemalloc does not see."""
+def test_nor_does_the_memory_of_arrow(tmp_path: Path) -> None:
+    """Most bytes of Python and of Arrow, which tracemalloc does not see, in a fresh process."""
     most = []
     for rows in (20, 220):
         path = tmp_path / f"{rows}.parquet"
@@ -327,7 +330,7 @@ def test_the_whole_process_stays_small(tmp_path: Path) -> None:
         ended = subprocess.run(command, capture_output=True, text=True, check=True)
         most.append(int(ended.stdout))
     assert path.stat().st_size > 85e6
-    assert most[1] - most[0] < 30e6
+    assert most[1] < 1.25 * most[0] + 5e6
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "pickapic", "kto"])

@@ -1,4 +1,7 @@
-"""Readers of tables with the pictures in their columns: Parquet here, or streamed from the Hub."""
+"""Readers of tables with the pictures in their columns: Parquet here, or streamed from the Hub.
+
+Of a Parquet file about one row group is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -102,12 +105,14 @@ def _local_rows(
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         number = 0
         try:
-            with pq.ParquetFile(file, buffer_size=_BUFFER) as table:
+            # Read ahead, as is the default, the whole file would come to lie in memory.
+            with pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
                 columns = _present(table.schema_arrow.names, needed, more, name)
-                for batch in table.iter_batches(_BATCH, columns=columns):
-                    for row in batch.to_pylist():
-                        yield f"{name} row {number}", row
-                        number += 1
+                for group in range(table.num_row_groups):
+                    for batch in table.iter_batches(_BATCH, row_groups=[group], columns=columns):
+                        for row in batch.to_pylist():
+                            yield f"{name} row {number}", row
+                            number += 1
         except (OSError, pa.ArrowException) as error:
             where = f"{name} row {number}"
             detail = f" from here on, {shown(str(error))}"

@@ -1,6 +1,6 @@
 """What the readers share: options, pictures and records from files that may hold anything.
 
-Nothing here keeps more than one record, or the records of one prompt, in memory.
+Nothing here keeps more than one record, or the paths and votes of one prompt, in memory.
 """
 
 from __future__ import annotations
