@@ -1,6 +1,7 @@
 """Where preferences come from: many noisy judgments in, a small clean set of pairs out.
 
     fifa.pairs        what a person said about two pictures, and the table it is kept in
+    fifa.sources      public preference data sets, each read into that table
     fifa.rewards      what scores a picture                    -> margin: reward(win) - reward(lose)
     fifa.judge        what scores the text of a prompt         -> quality: 0..10
     fifa.embed, knn   how far a prompt is from all others      -> diversity: log distance, entropy
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from fifa.report import write_report
     from fifa.rewards import REWARDS, Reward, load_reward
     from fifa.scoring import ScoreConfig, score
+    from fifa.sources import SOURCES
+    from fifa.sources.convert import ConvertConfig, convert
 
 _HOMES = {
     "InputError": "fifa.config",
@@ -35,6 +38,9 @@ _HOMES = {
     "REWARDS": "fifa.rewards",
     "Reward": "fifa.rewards",
     "load_reward": "fifa.rewards",
+    "SOURCES": "fifa.sources",
+    "ConvertConfig": "fifa.sources.convert",
+    "convert": "fifa.sources.convert",
     "ScoreConfig": "fifa.scoring",
     "SelectConfig": "fifa.filtering",
     "score": "fifa.scoring",
@@ -44,6 +50,8 @@ _HOMES = {
 
 __all__ = [
     "REWARDS",
+    "SOURCES",
+    "ConvertConfig",
     "InputError",
     "Judgment",
     "Pair",
@@ -51,6 +59,7 @@ __all__ = [
     "Reward",
     "ScoreConfig",
     "SelectConfig",
+    "convert",
     "load_pairs",
     "load_reward",
     "score",

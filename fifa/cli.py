@@ -79,6 +79,55 @@ def world(
     print(f"{rows:,} pairs in {len(shards)} shards of {out}")
 
 
+@app.command(epilog="Example: `fifa convert jsonl pairs.jsonl --out runs/pairs`")
+def convert(
+    source: Annotated[str, typer.Argument(help="Kind of source, see `fifa sources`.")],
+    path: Annotated[str, typer.Argument(help="File, folder, or name of a Hub data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for the table; continued if unfinished.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the paths of pictures start from.")
+    ] = None,
+    ties: Annotated[str | None, typer.Option(help="keep or drop.")] = None,
+    check: Annotated[
+        str | None, typer.Option(help="decode every picture, or look at the header only.")
+    ] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Turn a public preference data set into a pair table that `fifa score` reads."""
+    from fifa.sources.convert import REJECTED, ConvertConfig
+    from fifa.sources.convert import convert as run
+
+    given = {
+        "source": source,
+        "path": path,
+        "out": out,
+        "images": images,
+        "ties": ties,
+        "check": check,
+    }
+    chosen = _config(ConvertConfig, config, given, settings)
+    with _progress() as progress:
+        counts = run(chosen, progress)
+    print(
+        f"{counts.written:,} pairs ({counts.ties:,} ties) of {counts.found:,} found, "
+        f"in {counts.shards:,} shards of {out}"
+    )
+    for kind, count in sorted(counts.gone.items()):
+        print(f"  set aside, {count:,}: {kind}")
+    if counts.gone:
+        print(f"reasons in {out / REJECTED}")
+
+
+@app.command()
+def sources() -> None:
+    """List the kinds of data sets that `convert` reads, a line each."""
+    from fifa.sources import described
+
+    for kind, line in described():
+        print(f"{kind:24}{line}")
+
+
 @app.command(epilog="Example: `fifa score runs/pairs --out runs/scores --reward mini`")
 def score(
     data: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
@@ -238,12 +287,14 @@ def rewards() -> None:
 
 @app.command()
 def settings() -> None:
-    """List every setting of `score` and `select` with its default and meaning."""
+    """List every setting of `convert`, `score` and `select` with its default and meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
     from fifa.scoring import ScoreConfig
+    from fifa.sources.convert import ConvertConfig
 
-    for name, cls in (("score", ScoreConfig), ("select", SelectConfig)):
+    kinds = (("convert", ConvertConfig), ("score", ScoreConfig), ("select", SelectConfig))
+    for name, cls in kinds:
         print(f"fifa {name}")
         for setting in describe(cls):
             print(f"  {setting.key} = {setting.default}  ({setting.type})  {setting.description}")
@@ -299,15 +350,19 @@ def _progress() -> Iterator[Progress]:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, rate="")
+                tasks[stage] = bar.add_task(stage, total=total or None, rate="")
             speed = bar.tasks[tasks[stage]].speed
-            bar.update(tasks[stage], completed=done, rate=f"{speed:,.0f} a second" if speed else "")
+            rate = f"{speed:,.0f} a second" if speed else ""
+            bar.update(tasks[stage], completed=done, total=total or None, rate=rate)
 
         yield show
 
 
 def _lines(every: float = 5.0) -> Progress:
-    """Plain lines on stderr: when a stage begins, ends, and every few seconds between."""
+    """Plain lines on stderr: when a stage begins, ends, and every few seconds between.
+
+    A total of 0 stands for one that is not known yet.
+    """
     begun: dict[str, tuple[float, int]] = {}
     told = 0.0
 
@@ -316,12 +371,14 @@ def _lines(every: float = 5.0) -> Progress:
         now = time.monotonic()
         first = stage not in begun
         start, before = begun.setdefault(stage, (now, done))
-        if not first and done < total and now - told < every:
+        if not first and (done < total or not total) and now - told < every:
             return
         told = now
         rate = (done - before) / (now - start) if now > start else 0.0
-        left = f", {rate:,.0f} a second, {(total - done) / rate:,.0f} s left" if rate else ""
-        print(f"{stage}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
+        speed = f", {rate:,.0f} a second" if rate else ""
+        left = f", {(total - done) / rate:,.0f} s left" if rate and total else ""
+        of = f" of {total:,}" if total else ""
+        print(f"{stage}: {done:,}{of}{speed}{left}", file=sys.stderr, flush=True)
 
     return show
 

@@ -40,6 +40,8 @@ class Judgment:
     who: str = ""  # user id, empty when unknown
     when: str = ""  # as the source wrote it, empty when unknown
     where: str = ""  # file and row it was read from
+    model_a: str = ""  # what painted image a, empty when unknown
+    model_b: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def judgment_from_row(row: Mapping[str, Any], where: str) -> Judgment:
         who=_text(row.get("user_id")),
         when=_text(row.get("created_at")),
         where=where,
+        model_a=_text(row.get("model_0")),
+        model_b=_text(row.get("model_1")),
     )
 
 
@@ -226,7 +230,7 @@ _NEEDED = {
     "label_0": (_is_number, "a number"),
     "label_1": (_is_number, "a number"),
 }
-_OPTIONAL = ("user_id", "created_at", "has_label")
+_OPTIONAL = ("user_id", "created_at", "has_label", "model_0", "model_1")
 
 
 class PairTable:
