@@ -84,7 +84,7 @@ def score(
         str | None, typer.Option(help="Proxy reward, e.g. mini, 0.5*a+0.5*b.")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Judge of text quality, e.g. heuristic.")
+        str | None, typer.Option(help="Judge of text quality: heuristic, local:..., openai:...")
     ] = None,
     embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,

@@ -1,126 +1,19 @@
-"""How good is the text of a prompt: 0..10 for meaningful, well formed, specific and harmless.
+"""The offline judge of text quality, no language model: it counts and looks words up.
 
-FiFA asks a language model. `HeuristicJudge` is the offline fallback, no LLM: it counts letters and
-knows nothing of meaning. Both sit behind `QualityJudge`; a judge that cannot answer returns None,
-never a middling number.
+It knows nothing of meaning; it finds what wild prompts suffer from.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import re
-import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from pathlib import Path
-from typing import NamedTuple, Protocol
 
-from fifa.config import InputError, nearest
-
-
-class Quality(NamedTuple):
-    """A judge's answer: a score in [0, 10], or None where it has no answer, and a short reason."""
-
-    score: float | None
-    reason: str
-
-
-class QualityJudge(Protocol):
-    """Prompts -> Quality, one each. `name` carries a version and changes when answers would."""
-
-    name: str
-
-    def score(self, prompts: Sequence[str]) -> list[Quality]:
-        """Judge each prompt by itself."""
-        ...
-
-
-JUDGES: dict[str, str] = {"heuristic": "fifa.judge:HeuristicJudge"}
-
-
-def load_judge(spec: str) -> QualityJudge:
-    """The judge that `spec` names: a key of JUDGES or `package.module:factory`."""
-    address = spec if ":" in spec else JUDGES.get(spec)
-    if address is None:
-        near = nearest(spec, JUDGES)
-        hint = f"did you mean '{near}'? " if near else ""
-        raise InputError(
-            f"unknown judge '{spec}'; {hint}known are {', '.join(JUDGES)} "
-            f"and package.module:factory"
-        )
-    module, _, name = address.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)()
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise InputError(f"judge '{spec}' cannot be loaded: {error}") from None
-
-
-class CachedJudge:
-    """Another judge whose answers are kept in an SQLite file, by judge name and prompt.
-
-    Refusals (score None) are not kept, so they are asked again in the next run.
-    """
-
-    def __init__(self, judge: QualityJudge, path: str | Path) -> None:
-        self.judge = judge
-        self.name = judge.name
-        self.path = Path(path)
-
-    def score(self, prompts: Sequence[str]) -> list[Quality]:
-        """Answers from the file where it has them, from the judge where it does not."""
-        distinct = list(dict.fromkeys(prompts))
-        answers = self._stored(distinct)
-        new = [prompt for prompt in distinct if prompt not in answers]
-        if new:
-            fresh = dict(zip(new, self.judge.score(new), strict=True))
-            self._store(fresh)
-            answers |= fresh
-        return [answers[prompt] for prompt in prompts]
-
-    def _stored(self, prompts: Sequence[str]) -> dict[str, Quality]:
-        query = "SELECT score, reason FROM answers WHERE judge = ? AND prompt = ?"
-        found = {}
-        with self._open() as db:
-            for prompt in prompts:
-                row = db.execute(query, (self.name, _storable(prompt))).fetchone()
-                if row is not None:
-                    found[prompt] = Quality(*row)
-        return found
-
-    def _store(self, answers: Mapping[str, Quality]) -> None:
-        rows = [
-            (self.name, _storable(prompt), answer.score, answer.reason)
-            for prompt, answer in answers.items()
-            if answer.score is not None
-        ]
-        with self._open() as db:
-            db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept if the block succeeds."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (judge TEXT, prompt TEXT, score REAL,"
-                    " reason TEXT, PRIMARY KEY (judge, prompt))"
-                )
-                yield db
-        except (sqlite3.Error, OSError) as error:
-            raise InputError(f"cannot use the judge's cache {self.path}: {error}") from None
-
-
-def _storable(prompt: str) -> str:
-    return prompt.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates
-
-
-# ---- the offline fallback ------------------------------------------------------------------------
+from fifa.judge import Quality
 
 
 class HeuristicJudge:
