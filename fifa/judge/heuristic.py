@@ -5,6 +5,8 @@ It knows nothing of meaning; it finds what wild prompts suffer from.
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import itertools
 import math
 import re
@@ -12,19 +14,21 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 
+from fifa.config import InputError
 from fifa.judge import Quality
 
 
 class HeuristicJudge:
     """Offline fallback, no LLM: starts at 10 and takes off for what wild prompts suffer from.
 
-    Letters that no English word strings together, addresses, other scripts (which it cannot read),
-    symbols, repetition, too few or too many words, and words of harm. Each deduction is a function
-    below; the reason lists those that applied.
+    Words that are none, addresses, other scripts (which it cannot read), symbols, repetition, too
+    few or too many words, talk, praise in place of content, and words of harm. Each deduction is a
+    function below; the reason lists those that applied.
     """
 
-    name = "heuristic:v1"
+    name = "heuristic:v2"
 
     def score(self, prompts: Sequence[str]) -> list[Quality]:
         """Judge each prompt by itself; never None."""
@@ -40,28 +44,53 @@ def _judge(prompt: str) -> Quality:
     return Quality(round(score, 3), reason or "nothing to object")
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text.casefold())
+@lru_cache(maxsize=4)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.casefold()))
+
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
 _ADDRESS = re.compile(
-    r"https?:|www\.|\w@\w+\.|\w\.(?:com|net|org|io|gg|jpe?g|png|html?)\b|</?\w+[ >/]|<@",
+    r"https?:\S*|www\.\S+|\S+@\w+\.\w+|<@\S*|\b[\w-]+\.(?:jpe?g|png|html?)\b"
+    r"|</?(?:a|b|br|div|i|img|p|script|span)\b[^>]*>",
     re.IGNORECASE,
 )
+_SITE = re.compile(r"\b[\w-]+\.(?:com|net|org|io|gg)\b", re.IGNORECASE)
 
 
 def _address(text: str) -> float:
-    """Web and mail addresses, handles of chats, markup."""
-    return 7.0 * bool(_ADDRESS.search(text))
+    """Web and mail addresses, handles of chats, markup: worst where hardly a word is beside."""
+    if _ADDRESS.search(text):
+        return 4.0 if len(_words(_ADDRESS.sub(" ", text))) >= 5 else 7.0
+    return 1.5 * bool(_SITE.search(text))
+
+
+def is_harmful(prompt: str) -> bool:
+    """Whether a prompt holds a word of the harm list."""
+    return bool(_HARM.search(unicodedata.normalize("NFKC", prompt)))
 
 
 def _harm(text: str) -> float:
-    return 8.0 * any(word in _HARM for word in _words(text))
+    return 8.0 * bool(_HARM.search(text))
 
 
 def _aggression(text: str) -> float:
-    """Milder than harm: blows, threats, theft, drink; often a wish to drop, sometimes a story."""
-    return 4.0 * bool(_AGGRESSIVE.search(text))
+    """Milder than harm: blows, threats, theft, drink; often a wish to drop, often a story."""
+    return 3.0 * bool(_AGGRESSIVE.search(_HARMLESS.sub(" ", text)))
+
+
+def _talk(text: str) -> float:
+    """Words to a chat partner: no picture is described."""
+    return 4.0 * bool(_TALK.search(text))
+
+
+def _praise(text: str) -> float:
+    """Words that only praise the picture, beyond a third of the text."""
+    total = len(_words(text))
+    praise = sum(len(_words(match)) for match in _PRAISE.findall(text))
+    return 4.0 * max(0.0, praise / total - 0.35) / 0.65 if total else 0.0
 
 
 def _other_script(text: str) -> float:
@@ -81,23 +110,40 @@ def _symbols(text: str) -> float:
 
 
 def _gibberish(text: str) -> float:
-    """Words that do not run like English: a large share of them, or a high mean over all."""
+    """Words that are no words and do not run like some: a share of the letters beyond a seventh."""
     strange = total = 0
-    bits = 0.0
+    for letters, mixed in _tokens(text):
+        odd = mixed or (len(letters) > 3 and not _known(letters) and surprise(letters) > _STRANGE)
+        strange += len(letters) * odd
+        total += len(letters)
+    share = strange / total if total else 0.0
+    return 8.0 * min(1.0, max(0.0, share - 0.15) / 0.45)
+
+
+def _misspelt(text: str) -> float:
+    """Words that nobody knows, rare names among them: a small deduction beyond a fifth."""
+    unknown = total = 0
+    for letters, _ in _tokens(text):
+        unknown += len(letters) * (len(letters) > 3 and not _known(letters))
+        total += len(letters)
+    share = unknown / total if total else 0.0
+    return 2.0 * min(1.0, max(0.0, share - 0.2) / 0.5)
+
+
+@lru_cache(maxsize=4)
+def _tokens(text: str) -> list[tuple[str, bool]]:
+    """The words in plain letters a-z, and whether digits are strewn into them."""
+    found = []
     for token in re.findall(r"\w+", text.casefold()):
         letters = _plain("".join(letter for letter in token if letter.isalpha()))
-        if not letters or not letters.isascii():
-            continue
-        known = letters in _known_words()
-        mixed = len(token) > 4 and re.search(r"\d[^\W\d_]+\d|[^\W\d_]\d+[^\W\d_]", token)
-        long_and_odd = len(letters) > 3 and not known and surprise(letters) > _STRANGE_BITS
-        strange += len(letters) * bool(mixed or long_and_odd)
-        bits += len(letters) * (_USUAL_BITS if known else surprise(letters))
-        total += len(letters)
-    if not total:
-        return 0.0
-    share, mean = strange / total, bits / total
-    return 8.0 * min(1.0, max(0.0, (share - 0.15) / 0.6, (mean - _STRANGE_MEAN) / 1.0))
+        if letters and letters.isascii():
+            mixed = (
+                len(token) > 4
+                and not token.isalpha()
+                and re.search(r"\d[^\W\d_]+\d|[^\W\d_]\d+[^\W\d_]", token)
+            )
+            found.append((letters, bool(mixed)))
+    return found
 
 
 def _repetition(text: str) -> float:
@@ -110,8 +156,9 @@ def _repetition(text: str) -> float:
 
 
 def _vague(text: str) -> float:
-    """Fewer than three words leave the picture open."""
-    return {0: 6.0, 1: 4.0, 2: 1.5}.get(len(_words(text)), 0.0)
+    """Fewer than three words leave the picture open; up to eight say a little more each."""
+    words = len(_words(text))
+    return {0: 6.0, 1: 4.0, 2: 1.5}.get(words, 0.1 * max(0, 8 - words))
 
 
 def _long(text: str) -> float:
@@ -125,33 +172,96 @@ _DEDUCTIONS: dict[str, Callable[[str], float]] = {
     "an address or markup": _address,
     "letters this judge cannot read": _other_script,
     "gibberish": _gibberish,
+    "unknown words": _misspelt,
     "mostly signs": _symbols,
     "repetition": _repetition,
+    "talk": _talk,
+    "mostly praise": _praise,
     "hardly any words": _vague,
     "too long": _long,
 }
 
-# Words that ask for harm as such. Short on purpose: a list cannot understand, only catch the plain.
-_HARM_WORDS = """
-bloody corpse corpses gore gory hateful injuries injury kill killed killing murder murdered nsfw
-nude nudity suicide torture tortured violence violent wound wounded wounds
-"""
-_HARM = frozenset(_HARM_WORDS.split())
+# Words that ask for harm as such, nudity and sex included. A list cannot understand, only catch the
+# plain; words that are as often part of a story stand below.
+_HARM = re.compile(
+    r"\b(?:ahegao|bdsm|blowjobs?|castrat\w*|corpses?|dildos?|dismember\w*|erotic\w*|fetish\w*"
+    r"|genitals?|gor[ey]|guro|hateful|hentai|injur(?:y|ies)|intestines?|masturbat\w*"
+    r"|murder(?:ed|ing)?(?! of crows)|naked|nsfw|nud(?:e|es|ity)|orgasm\w*|orgy|penis\w*|porn\w*"
+    r"|rap(?:e|ed|ist|ists)|selfharm\w*|snuff|suicide(?! squad)|testicles?|topless|tortur\w*|urine"
+    r"|vagina\w*|(?:graphic|open) wounds?)\b",
+    re.IGNORECASE,
+)
 _AGGRESSIVE = re.compile(
-    r"\b(?:arson|bull(?:y|ie)|burglar|drug|drunk|insult|kick|poison|punch|robb|slap|smash|stab|steal"
-    r"|stole|strangl|thie(?:f|ve)|threaten|vandal|weapon)\w*",
+    r"\b(?:arson\w*|bloody|bull(?:y|ied|ies|ying)|burglar\w*|drugs?|drugged|drunk|insult\w*"
+    r"|kick(?:s|ed|ing)|kill(?:s|ed|ing|er)?|poison(?:s|ed|ing)|punch(?:es|ed|ing)"
+    r"|rob(?:s|bed|bing|ber|bers|bery)|slap(?:s|ped|ping)|smash(?:es|ed|ing)|stab(?:s|bed|bing)"
+    r"|steal(?:s|ing)?|stole|stolen|strangl\w*|thie(?:f|ves)|threaten\w*|vandal\w*|violen\w*|wound(?:s|ed)?)\b",
+    re.IGNORECASE,
+)
+# Titles and turns of phrase that only sound like it.
+_HARMLESS = re.compile(
+    r"\bkill (?:la kill|bill)\b|\bviolent (?:ocean|sea|storm|waves?|wind)\b|\bbloody mary\b",
+    re.IGNORECASE,
+)
+_TALK = re.compile(
+    r"^\W*(?:hi|hello|hey|thanks|thank you|can you|could you|how (?:are|do|to|can)"
+    r"|what (?:is|are|do)|why|who (?:is|are)|tell me|based on this)\b"
+    r"|\bignore (?:all|the|any) (?:above|previous)\b|\bI (?:suggest|recommend|would like)\b",
+    re.IGNORECASE,
+)
+_PRAISE = re.compile(
+    r"\b(?:\d+k|absurdres|amazing|award[- ]winning|beautiful|best quality|breathtaking|epic"
+    r"|(?:extremely|highly|hyper|insanely|intricate|ultra|very)[- ]?(?:detailed|realistic)|hdr|hd"
+    r"|high (?:quality|resolution|detail)|high res|hyper ?realistic|incredible|intricate details?"
+    r"|masterpiece|perfect (?:composition|lighting)|sharp focus|stunning|top quality"
+    r"|trending on \w+|uhd|ultra ?realistic|unreal engine(?: \d)?|octane render)\b",
     re.IGNORECASE,
 )
 _SMALL_WORDS = frozenset(["a", "an", "and", "at", "by", "in", "is", "of", "on", "or", "the", "to"])
 
-# ---- English, as far as two neighbouring letters tell --------------------------------------------
+# ---- words, as far as the vocabulary of CLIP's text encoder tells --------------------------------
 
-# Mean bits a letter, see `surprise`: of one word, of a whole prompt, of a word in the list below.
-_STRANGE_BITS, _STRANGE_MEAN, _USUAL_BITS = 4.9, 4.3, 3.5
+_STRANGE = 4.75  # mean bits a letter, see `surprise`, of a word that is no word
+_MERGES = 48_894  # pairs that CLIP's tokenizer merges; the rest of the file is not used
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    """Words that are one token of CLIP, a-z: the 30,000 commonest of web captions, names included.
+
+    open_clip ships them; the file is read without importing it.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise InputError("the heuristic judge needs the package open_clip_torch; install it")
+    path = Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _MERGES + 1]
+    joined = (line.replace(" ", "") for line in lines)
+    return frozenset(
+        word for word in (text[:-4] for text in joined if text.endswith("</w>")) if _is_plain(word)
+    )
+
+
+def _is_plain(word: str) -> bool:
+    return word.isascii() and word.isalpha()
+
+
+@lru_cache(maxsize=100_000)
+def _known(word: str) -> bool:
+    """Whether a word, its simple forms, or both halves of a compound are known."""
+    known = _known_words()
+    stems = [word, *(word.removesuffix(end) for end in ("s", "es", "ed", "d", "ing", "ly", "ish"))]
+    stems += [stem[:-1] for stem in stems if stem[-2:-1] == stem[-1:]]  # wagg-ing: wag
+    if any(stem in known for stem in stems if len(stem) > 2):
+        return True
+    cuts = range(3, len(word) - 2)
+    return any(word[:cut] in known and word[cut:] in known for cut in cuts if len(word) > 7)
 
 
 def _plain(word: str) -> str:
     """Letters without accents: é as e."""
+    if word.isascii():
+        return word.lower()
     split = unicodedata.normalize("NFD", word.casefold())
     return "".join(letter for letter in split if not unicodedata.combining(letter))
 
@@ -173,15 +283,10 @@ _UNSEEN_BITS = 12.0  # of a letter outside a-z
 
 
 @cache
-def _known_words() -> frozenset[str]:
-    return frozenset(_ENGLISH.split())
-
-
-@cache
 def _letter_pairs() -> dict[tuple[str, str], float]:
-    """-log2 P(second | first) of every pair of a-z and the word's end, from the words below."""
+    """-log2 P(second | first) of every pair of a-z and the word's end, from the known words."""
     alphabet = " abcdefghijklmnopqrstuvwxyz"
-    text = " ".join(["", *_ENGLISH.split(), ""])
+    text = " ".join(["", *sorted(word for word in _known_words() if len(word) > 3), ""])
     pairs = Counter(itertools.pairwise(text))
     firsts = Counter(text[:-1])
     return {
@@ -189,51 +294,3 @@ def _letter_pairs() -> dict[tuple[str, str], float]:
         for a in alphabet
         for b in alphabet
     }
-
-
-_ENGLISH = """
-a about above abstract across afternoon again air alien all alone along among an ancient and angel
-animal anime another apple architecture arm armor art artist artwork as astronaut at atmosphere
-autumn baby back background ball band bath battle beach bear beard beautiful bed before behind
-below beneath between big bird black blonde blue board boat body book both bottle bottom bowl box
-boy bread bridge bright brown brush building burning bus but butterfly by cafe cake camera candle
-canvas car card cartoon castle cat ceiling center century chair character cheese chicken child
-children chocolate christmas cinematic circle city classic clean clear close clothes cloud coat
-coffee cold color colorful colour comic complex computer concept cool corner costume cottage couple
-cover cow creature crowd crown crystal cube cup curly cute cyberpunk dark day deep delicate desert
-design detail detailed different dinner dinosaur dirty distance dog door down dragon dramatic
-drawing dream dress drink driving drone dust each eagle earth easy eating edge egg elegant elephant
-empty energy engine epic evening every expression eye eyes face fairy falling family famous fantasy
-farm fashion fast father feather female field fighting figure film fire fish five flag flat floating
-floor flower flowers flying focus fog food foot football for forest four fox frame friend from front
-fruit full funny furniture future galaxy game garden ghost giant girl glass glasses glowing gold
-golden good grass gray great green grey ground group guitar hair half hand hands hanging happy hard
-hat have head heart helmet her hero hidden high highly hill his holding hole holiday home horse hot
-house huge human hundred hyper ice illustration image in inside intricate into iron is island its
-jacket jewel journey jumping jungle kid kind king kitchen kitten knife knight lady lake lamp land
-landscape laptop large laughing leaf leather leaves left leg lemon lens letter library light
-lighting like line lion lips little living logo long looking lost love low machine made magic
-magical male man many map market mask massive master matte me mechanical medieval men metal middle
-minimalist mirror modern monkey monster moon more morning most mother motorcycle mountain mountains
-mouse mouth movie much muscular mushroom music mysterious nature near neck neon new next night no
-north nose not number ocean octopus of off oil old on one open orange ornate other out outdoor
-outside over owl page painted painting pair palace palm panda paper park party pattern peaceful
-pencil people perfect person perspective photo photograph photographer photography photorealistic
-piano picture pink pirate pizza place plain plane planet plant plastic plate playing polaroid pool
-portrait poster pretty prince princess print professional puppy purple pyramid queen quiet rabbit
-race rain rainbow reading real realism realistic rectangle red reflection render resolution retro
-ride right ring river road robot rock romantic roof room rose round row royal running sad sailing
-sand scene science sculpture sea season seat second sepia seven shadow shape sharp sheep shining
-ship shirt shoes shop shore short shot shoulder side silver simple single sitting six skin skirt sky
-skull sleeping small smile smiling smoke smooth snow soft soldier some song south space spaceship
-spoon sport spring square stage stained standing star stars statue steam steel still stone store
-storm street stripes strong studio style summer sun sunflower sunglasses sunlight sunny sunset
-super surface surreal surrounded swimming sword symbol table tail tall tattoo tea teacher teddy
-temple ten texture that the their them there thick thin thing this three through tiger tiny to
-together top touch tower town toy traditional train translucent transparent tree trees triangle
-tropical truck turtle twin two ultra umbrella under underwater unicorn universe up upon valley vase
-vector vegetable vehicle velvet very victorian video view village vintage violet vivid volcano
-walking wall warm warrior watch water watercolor waterfall waves wearing wedding weird west wet
-whale wheel while white wide wild wind window wine wings winter with without wizard wolf woman women
-wonderful wood wooden woods wool word working world writing yard year yellow young zebra
-"""
