@@ -127,6 +127,15 @@ def test_a_damaged_cache_is_one_sentence(tmp_path: Path) -> None:
         CachedJudge(Strict(), tmp_path / "c.sqlite").score(["a"])
 
 
+def test_an_error_of_the_judge_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    class Offline(Strict):
+        def score(self, prompts: Sequence[str]) -> list[Quality]:
+            raise ConnectionError("no network")
+
+    with pytest.raises(ConnectionError, match="no network"):
+        CachedJudge(Offline(), tmp_path / "c.sqlite").score(["a"])
+
+
 def test_the_cache_survives_another_reader(tmp_path: Path) -> None:
     cached = CachedJudge(Strict(), tmp_path / "c.sqlite")
     cached.score(["ab"])

@@ -420,6 +420,16 @@ def test_the_key_comes_from_the_environment_and_stays_in_the_header(
         ask(server)
 
 
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-one\nsk-two")
+    with (
+        serving(says("6")) as server,
+        pytest.raises(InputError, match=f"{KEY_VARIABLE} holds no key") as caught,
+    ):
+        ask(server)
+    assert "sk-" not in str(caught.value)
+
+
 # ---- the address ---------------------------------------------------------------------------------
 
 
@@ -430,6 +440,7 @@ def test_the_key_comes_from_the_environment_and_stays_in_the_header(
         ("openai:@http://localhost/v1", "must look like"),
         ("openai:m@ftp://localhost", "must look like"),
         ("openai:m@http://localhost/v1?key=1", "must look like"),
+        ("openai:m@http://[1::2/v1", "'http://\\[1::2/v1', is none"),
         ("openai:m@http://ann:secret@localhost/v1", "holds a name or password"),
         ("openai", "missing a required argument: 'target'"),
     ],

@@ -142,7 +142,7 @@ class CachedJudge:
         `told` hears of every answer of a slow judge: distinct prompts answered, and in all.
         """
         distinct = list(dict.fromkeys(prompts))
-        with self._open() as db:
+        with closing(self._opened()) as db:
             answers = self._stored(db, distinct)
             new = [prompt for prompt in distinct if prompt not in answers]
             for fresh in self._asked(new):
@@ -166,10 +166,11 @@ class CachedJudge:
     def _stored(self, db: sqlite3.Connection, prompts: Sequence[str]) -> dict[str, Quality]:
         query = "SELECT score, reason FROM answers WHERE judge = ? AND prompt = ?"
         found = {}
-        for prompt in prompts:
-            row = db.execute(query, (self.name, _storable(prompt))).fetchone()
-            if row is not None:
-                found[prompt] = Quality(*row)
+        with self._explained():
+            for prompt in prompts:
+                row = db.execute(query, (self.name, _storable(prompt))).fetchone()
+                if row is not None:
+                    found[prompt] = Quality(*row)
         return found
 
     def _store(self, db: sqlite3.Connection, answers: Mapping[str, Quality]) -> None:
@@ -178,20 +179,24 @@ class CachedJudge:
             for prompt, answer in answers.items()
             if answer.score is not None
         ]
-        with db:  # one transaction
+        with self._explained(), db:  # one transaction
             db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection; what is wrong with the file is one sentence."""
-        try:
+    def _opened(self) -> sqlite3.Connection:
+        with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=60)) as db:
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (judge TEXT, prompt TEXT, score REAL,"
-                    " reason TEXT, PRIMARY KEY (judge, prompt))"
-                )
-                yield db
+            db = sqlite3.connect(self.path, timeout=60)
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS answers (judge TEXT, prompt TEXT, score REAL,"
+                " reason TEXT, PRIMARY KEY (judge, prompt))"
+            )
+            return db
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What is wrong with the file is one sentence; the judge's own errors are not caught."""
+        try:
+            yield
         except (sqlite3.Error, OSError) as error:
             raise InputError(f"cannot use the judge's cache {self.path}: {error}") from None
 

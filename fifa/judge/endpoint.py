@@ -116,7 +116,7 @@ class EndpointJudge:
     def _client(self) -> httpx2.Client:
         import httpx2
 
-        key = os.environ.get(self.key_variable, "").strip()
+        key = self._key()
         loopback = httpx2.URL(self.url).host in {"localhost", "127.0.0.1", "::1"}
         return httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -124,6 +124,15 @@ class EndpointJudge:
             limits=httpx2.Limits(max_connections=self.concurrency),
             trust_env=not loopback,  # no proxy between this machine and itself
         )
+
+    def _key(self) -> str:
+        key = os.environ.get(self.key_variable, "").strip()
+        if not re.fullmatch(r"[!-~]*", key):
+            raise InputError(
+                f"the environment variable {self.key_variable} holds no key: only visible ASCII "
+                f"characters can be sent"
+            )
+        return key
 
     # ---- one prompt ----
 
@@ -227,7 +236,7 @@ class EndpointJudge:
 
     def _without_key(self, text: str) -> str:
         """Some servers repeat the key in their complaint."""
-        key = os.environ.get(self.key_variable, "").strip()
+        key = self._key()
         return text.replace(key, "***") if key else text
 
 
@@ -268,6 +277,8 @@ def _as_they_arrive(
 
 def _split(target: str) -> tuple[str, str]:
     """`<model>@<base url>` -> model and address without a slash at its end."""
+    import httpx2
+
     match = re.fullmatch(r"(?P<model>\S+?)@(?P<url>https?://[^\s?#]+)", target)
     if match is None:
         raise InputError(
@@ -275,6 +286,10 @@ def _split(target: str) -> tuple[str, str]:
             f"openai:qwen2.5:7b@http://localhost:11434/v1"
         )
     url = match["url"].rstrip("/")
+    try:
+        httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise InputError(f"the address of the judge's server, '{url}', is none: {error}") from None
     if "@" in url:
         raise InputError(
             f"the address of the judge's server holds a name or password; put the key into the "
