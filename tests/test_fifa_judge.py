@@ -166,6 +166,7 @@ def test_an_unknown_judge_is_one_sentence(spec: str, part: str) -> None:
         "a murder of crows on a bare tree, ink drawing",
         "an anthropomorphic husky wagging its tail on the beach",
         "<pixel art> a small french bulldog drives a jeep car",
+        "a quiet harbour by ilya kuvshinov and ivan aivazovsky",
         "sandwiches and lemonades on picnic tables, watercolor painting",
     ],
 )

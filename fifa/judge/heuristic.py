@@ -110,21 +110,37 @@ def _symbols(text: str) -> float:
 
 
 def _gibberish(text: str) -> float:
-    """Words that are no words and do not run like some: a share of the letters beyond a seventh."""
+    """Words that are no words and do not run like some: a share of the letters beyond a seventh.
+
+    What stands after "by" is taken for a name, which may run more freely.
+    """
     strange = total = 0
+    names = _names(text)
     for letters, mixed in _tokens(text):
-        odd = mixed or (len(letters) > 3 and not _known(letters) and surprise(letters) > _STRANGE)
+        usual = _STRANGE_NAME if letters in names else _STRANGE
+        odd = mixed or (len(letters) > 3 and not _known(letters) and surprise(letters) > usual)
         strange += len(letters) * odd
         total += len(letters)
     share = strange / total if total else 0.0
     return 8.0 * min(1.0, max(0.0, share - 0.15) / 0.45)
 
 
+_AUTHOR = re.compile(r"\b(?:by|and) ((?:(?!and )[a-z]+ ?){1,3})")
+
+
+@lru_cache(maxsize=4)
+def _names(text: str) -> frozenset[str]:
+    """Up to three words after "by", or after an "and", which may join two artists."""
+    return frozenset(word for found in _AUTHOR.findall(_plain(text)) for word in found.split())
+
+
 def _misspelt(text: str) -> float:
     """Words that nobody knows, rare names among them: a small deduction beyond a fifth."""
     unknown = total = 0
+    names = _names(text)
     for letters, _ in _tokens(text):
-        unknown += len(letters) * (len(letters) > 3 and not _known(letters))
+        odd = len(letters) > 3 and letters not in names and not _known(letters)
+        unknown += len(letters) * odd
         total += len(letters)
     share = unknown / total if total else 0.0
     return 2.0 * min(1.0, max(0.0, share - 0.2) / 0.5)
@@ -221,7 +237,8 @@ _SMALL_WORDS = frozenset(["a", "an", "and", "at", "by", "in", "is", "of", "on", 
 
 # ---- words, as far as the vocabulary of CLIP's text encoder tells --------------------------------
 
-_STRANGE = 4.75  # mean bits a letter, see `surprise`, of a word that is no word
+# Mean bits a letter, see `surprise`, of a word that is no word, and of one that is no name either.
+_STRANGE, _STRANGE_NAME = 4.75, 5.6
 _MERGES = 48_894  # pairs that CLIP's tokenizer merges; the rest of the file is not used
 
 
