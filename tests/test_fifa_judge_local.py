@@ -131,6 +131,8 @@ def test_bad_arguments_and_models_are_one_sentence(folder: Path, tmp_path: Path)
         load_judge(f"local:{folder}", batch_size=0)
     with pytest.raises(InputError, match="unexpected keyword argument 'colour'"):
         load_judge(f"local:{folder}", colour="red")
+    with pytest.raises(InputError, match="cannot run on 'nowhere'"):
+        load_judge(f"local:{folder}", device="nowhere")
     with pytest.raises(InputError, match="missing a required argument: 'model'"):
         load_judge("local")
     silent = Path(shutil.copytree(folder, tmp_path / "silent"))

@@ -54,7 +54,11 @@ class LocalJudge:
         self.ends = self._end_tokens()
         self.control = self._control_tokens()
         self.controls = self._count_controls(self._tokens(self._chat("a red circle")))
-        self.to(device)
+        try:
+            self.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"judge '{self.name}' cannot run on '{device}': {reason}") from None
 
     def to(self, device: str) -> None:
         """Move the network; RuntimeError or AssertionError where torch has no such device."""
@@ -173,6 +177,7 @@ class LocalJudge:
 
         answers, lengths = self._answer_table(device)
         n, grades, width = len(chats), *answers.shape
+        every = torch.arange(grades, device=device)
         cache = read.past_key_values
         cache.batch_repeat_interleave(grades)
         lengthened = torch.cat([mask, mask.new_ones(n, width)], dim=1)
@@ -187,9 +192,9 @@ class LocalJudge:
 
         total = first[:, answers[:, 0]]  # (N, 11)
         for at in range(1, width):
-            step = later[:, torch.arange(grades), at - 1, answers[:, at]]
+            step = later[:, every, at - 1, answers[:, at]]
             total = total + torch.where(lengths > at, step, 0.0)
-        last = later[:, torch.arange(grades), lengths - 1]  # after the whole answer
+        last = later[:, every, lengths - 1]  # after the whole answer
         return (total + last[..., self.ends].logsumexp(-1)).double()
 
     def _answer_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
