@@ -134,7 +134,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Folder for the scores; continued if unfinished.")],
     reward: Annotated[str | None, typer.Option(help="Proxy reward, see `fifa rewards`.")] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Judge of text quality, e.g. heuristic.")
+        str | None, typer.Option(help="Judge of text quality: heuristic, local:..., openai:...")
     ] = None,
     embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +85,12 @@ class ScoreConfig(Config):
         description="Proxy reward: name, name:weights, package.module:factory, or 0.5*a+0.5*b.",
     )
     reward_args: dict[str, Any] = Field({}, description="Arguments of the reward's factory.")
-    judge: str = Field("heuristic", description="Judge of text quality, 0 to 10.")
+    judge: str = Field(
+        "heuristic",
+        description="Judge of text quality, 0 to 10: heuristic, local:<model>, "
+        "openai:<model>@<base url>.",
+    )
+    judge_args: dict[str, Any] = Field({}, description="Arguments of the judge's factory.")
     embedder: str = Field("tfidf", description="Prompts to vectors: tfidf, clip:<model>:<weights>.")
     neighbours: int = Field(
         5, ge=1, description="k of the k-th nearest prompt whose log distance is recorded."
@@ -92,7 +98,9 @@ class ScoreConfig(Config):
     floor: float = Field(
         FLOOR, gt=0, description="Prompts closer than this (of at most 2) count as this far apart."
     )
-    device: str = Field("cpu", description="Where the reward's network runs, such as cuda.")
+    device: str = Field(
+        "cpu", description="Where the networks of reward and local judge run, such as cuda."
+    )
     batch_size: int = Field(128, ge=2, description="Images decoded and scored at once.")
     limit: int | None = Field(None, ge=1, description="Score only the first rows, this many.")
 
@@ -123,7 +131,7 @@ def score(config: ScoreConfig, progress: Progress = no_progress) -> ScoreSummary
     """
     table = PairTable.open(config.data)
     reward = _on(load_reward(config.reward, **config.reward_args), config.device)
-    judge = CachedJudge(load_judge(config.judge), config.out / "judge.sqlite")
+    judge = CachedJudge(_load_judge(config), config.out / "judge.sqlite")
     with _only_writer(config.out):
         manifest = _manifest(config, table, reward, judge)
         _check_same(config.out, manifest)
@@ -138,22 +146,37 @@ def score(config: ScoreConfig, progress: Progress = no_progress) -> ScoreSummary
                 resumed += stop - group.start
             else:
                 scored, bad = _score_group(config, table, i, total, reward)
-                qualities = judge.score([row.prompt for row in scored])
+                told = partial(_told, progress, group.start, len(scored), total)
+                qualities = judge.score([row.prompt for row in scored], told)
                 _write_shard(config.out, i, scored, qualities, bad)
             progress("scoring", stop, total)
         scores, rejected = _finish(config, manifest, groups, progress)
     return _summary(config, scores, rejected, total, resumed)
 
 
-def _on(reward: Reward, device: str) -> Reward:
-    """The reward with its network, if it has one, on the device."""
-    if hasattr(reward, "to"):
+S = TypeVar("S", Reward, QualityJudge)
+
+
+def _on(scorer: S, device: str, kind: str = "reward") -> S:
+    """The reward or judge with its network, if it has one, on the device."""
+    if hasattr(scorer, "to"):
         try:
-            reward.to(device)
+            scorer.to(device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"reward '{reward.name}' cannot run on '{device}': {reason}") from None
-    return reward
+            raise InputError(f"{kind} '{scorer.name}' cannot run on '{device}': {reason}") from None
+    return scorer
+
+
+def _load_judge(config: ScoreConfig) -> QualityJudge:
+    """The judge, on the pass's device unless its own arguments name another."""
+    judge = load_judge(config.judge, **config.judge_args)
+    return judge if "device" in config.judge_args else _on(judge, config.device, "judge")
+
+
+def _told(progress: Progress, start: int, rows: int, total: int, done: int, of: int) -> None:
+    """Say how far a slow judge is: `done` of the `of` distinct prompts of a group's rows."""
+    progress("judging text", start + rows * done // of, total)
 
 
 # ---- what the numbers are made from --------------------------------------------------------------
