@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from d3po.draws import derive_seed, shuffled
@@ -54,6 +54,11 @@ class OfflineConfig(Config):
         description="Share of the pairs trained with the empty prompt, drawn anew each epoch "
         "(published: 0.2).",
     )
+    noise: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="Part of the noise schedule that pairs are re-noised to: 0 clean, 1 pure "
+        "noise (published: all of it). The noisy half is where layout is decided.",
+    )
     cache: str = Field(
         "runs/cache",
         description="Folder where encoded pairs are kept, for this run and later ones.",
@@ -65,6 +70,13 @@ class OfflineConfig(Config):
     encode_batch: int = Field(
         32, ge=1, description="Pairs encoded at once; changes the speed only."
     )
+
+    @field_validator("noise")
+    @classmethod
+    def _part_of_the_schedule(cls, part: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ValueError(f"must be two numbers 0 <= low < high <= 1, got {part}")
+        return part
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -348,7 +360,7 @@ class OfflineSource:
         x0 = torch.from_numpy(np.concatenate([self.cache.win[rows], self.cache.lose[rows]]))
         cond = torch.from_numpy(self.cache.cond[[self._prompt(*pair) for pair in pairs]])
         noise = image_noise([self._seed("noise", *p) for p in pairs], self.family.latent_shape, 0)
-        times = [self._seed("time", *pair) % len(self.family.schedule) for pair in pairs]
+        times = [self._time(*pair) for pair in pairs]
         predict = guided(self.family, denoiser, cond.float().repeat(2, 1, 1).to(device))
         return renoise_logp(
             predict,
@@ -358,6 +370,11 @@ class OfflineSource:
             torch.tensor(times * 2)[:, None],
             self.reduce,
         )
+
+    def _time(self, epoch: int, row: int) -> int:
+        """A time of the schedule, uniform over the part that is trained on."""
+        low, high = (round(share * len(self.family.schedule)) for share in self.config.noise)
+        return low + self._seed("time", epoch, row) % max(1, high - low)
 
     def _prompt(self, epoch: int, row: int) -> int:
         """Row of `cond`: the pair's prompt, or with probability empty_prompts 0, the empty one."""

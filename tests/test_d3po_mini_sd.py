@@ -16,7 +16,7 @@ from d3po.mini_sd.train import WEIGHTS, Recipe, train
 from fifa.images import to_uint8
 from fifa.miniworld import phrase, prompts, sample_request
 from fifa.miniworld.oracle import check
-from fifa.miniworld.tokenizer import CONTEXT, build_tokenizer, vocabulary
+from fifa.miniworld.tokenizer import CONTEXT, build_tokenizer, learned_merges, vocabulary
 
 TINY = Recipe(threads=1, vae_steps=(2, 1, 1), vae_batch=4, scenes=70, unet_steps=(2,), unet_batch=8)
 
@@ -32,6 +32,15 @@ def test_each_word_is_one_token_and_other_text_falls_back_to_bytes() -> None:
     rng = np.random.default_rng(0)
     longest = max(len(tokenizer(phrase(sample_request(rng), rng)).input_ids) for _ in range(2000))
     assert longest <= CONTEXT
+
+
+def test_merges_are_learned_commonest_first_and_ties_by_spelling() -> None:
+    assert learned_merges(["red", "bed", "be"]) == [
+        ("e", "d</w>"),  # twice; the others once
+        ("b", "e</w>"),
+        ("b", "ed</w>"),
+        ("r", "ed</w>"),
+    ]
 
 
 @torch.no_grad()
@@ -93,7 +102,7 @@ def test_the_shipped_folder_samples_in_diffusers_and_is_small() -> None:
 
 @pytest.mark.parametrize("guidance", [3.0])
 def test_it_paints_what_is_asked_often_but_not_always(guidance: float) -> None:
-    """21% over 1,000 prompts (benchmarks/mini_sd.py); 64 may be 15 points off (3 sigma)."""
+    """63% over 1,000 prompts (benchmarks/mini_sd.py); 64 may be 18 points off (3 sigma)."""
     family = load_family("mini")
     texts = prompts("heldout", 64, 5)
     orders = [Order(text, i, i) for i, text in enumerate(texts)]
@@ -102,4 +111,4 @@ def test_it_paints_what_is_asked_often_but_not_always(guidance: float) -> None:
     for made in generate(family, family.denoiser, sampler, orders):
         part = texts[len(held) : len(held) + len(made.images)]
         held += [check(i, t).all_hold for i, t in zip(to_uint8(made.images), part, strict=True)]
-    assert 0.06 <= np.mean(held) <= 0.36
+    assert 0.45 <= np.mean(held) <= 0.81

@@ -276,7 +276,8 @@ def test_the_micro_batch_does_not_change_the_gradient(
         gradient(*start(tiny_sd, config, run, micro_batch=m, accumulation=a), run, 0)
         for m, a in ((4, 1), (1, 4))
     ]
-    assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) < 2e-5
+    # float32 kernels differ with the batch: 7e-5 seen on one processor, 1e-5 on another
+    assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) < 3e-4
 
 
 def test_winner_and_loser_meet_the_same_noise(tmp_path: Path, tiny_sd: Path, run: Run) -> None:
@@ -304,6 +305,37 @@ def test_prompts_are_dropped_as_often_as_asked(tmp_path: Path, tiny_sd: Path, ru
     rows = [source._prompt(epoch, row) for epoch in range(500) for row in range(4)]
     assert abs(np.mean([row == 0 for row in rows]) - 0.25) < 0.04  # 4 standard deviations
     assert rows == [source._prompt(epoch, row) for epoch in range(500) for row in range(4)]
+
+
+def test_times_are_drawn_from_the_part_of_the_schedule_that_is_asked_for(
+    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from d3po import offline
+
+    seen: list[int] = []
+    real = offline.renoise_logp
+
+    def watched(
+        predict: Any, schedule: Any, x0: Tensor, noise: Tensor, t: Tensor, *rest: Any
+    ) -> Any:
+        seen.extend(t.flatten().tolist())
+        return real(predict, schedule, x0, noise, t, *rest)
+
+    monkeypatch.setattr(offline, "renoise_logp", watched)
+    config = config_of(tmp_path, good_rows(5), noise=(0.5, 0.75))
+    learner, source = start(tiny_sd, config, run, accumulation=2)
+    for index in range(60):
+        for update in source.round(index).updates:
+            for chunk in update.chunks:
+                chunk.logp(learner.policy.bare)
+    assert 500 <= min(seen) < 520
+    assert 730 < max(seen) < 750
+
+
+@pytest.mark.parametrize("part", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.9, 0.1)])
+def test_a_part_that_is_none_is_one_sentence(part: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+        OfflineConfig(data="x", noise=part)
 
 
 def test_the_summary_is_plain_json(tmp_path: Path, family: Family, run: Run) -> None:

@@ -6,10 +6,12 @@ refused.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fifa.miniworld import vocabulary as words
+from fifa.miniworld import vocabulary as world
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -21,38 +23,27 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def vocabulary() -> list[str]:
     """Every word that a prompt of the mini world can contain, sorted."""
     tables = (
-        words.SHAPES,
-        words.COLOURS,
-        words.SIZES,
-        words.BACKGROUNDS,
-        words.RELATIONS,
-        words.COUNTS,
+        world.SHAPES,
+        world.COLOURS,
+        world.SIZES,
+        world.BACKGROUNDS,
+        world.RELATIONS,
+        world.COUNTS,
     )
     phrases = [option for table in tables for options in table.values() for option in options]
-    phrases += [*words.OPENINGS, *words.SETTINGS, "an and with nothing"]
+    phrases += [*world.OPENINGS, *world.SETTINGS, "an and with nothing"]
     phrases += [
-        noun + ending for nouns in words.SHAPES.values() for noun in nouns for ending in ("s", "es")
+        noun + ending for nouns in world.SHAPES.values() for noun in nouns for ending in ("s", "es")
     ]
     return sorted({word for text in phrases for word in text.split() if word != "{}"})
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Train the byte-pair merges on the word list until each word is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """A tokenizer whose byte-pair merges make each word of the world one token."""
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        special_tokens=[],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        min_frequency=1,
-        show_progress=False,
-    )
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator(vocabulary(), trainer)
-    merges = [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
+    merges = learned_merges(vocabulary())
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens += [token + "</w>" for token in tokens]
     tokens += ["".join(pair) for pair in merges]
@@ -66,3 +57,28 @@ def build_tokenizer() -> CLIPTokenizer:
         pad_token=END,
         unk_token=END,
     )
+
+
+def learned_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until each word is one token: commonest pair first, ties by spelling.
+
+    The trainer of the tokenizers library breaks ties in the order of a hash map, which is another
+    one in each process.
+    """
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for parts in spelled for pair in pairwise(parts)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merged(parts, best) for parts in spelled]
+    return merges
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    done: list[str] = []
+    for part in parts:
+        if done and (done[-1], part) == pair:
+            done[-1] += part
+        else:
+            done.append(part)
+    return done
