@@ -15,8 +15,8 @@ ARGS   ?=
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-demo  ## the main job on the embedded mini model; report in runs/demo/report.html (OUT=folder)
-	$(BIN)/d3po demo --out $(OUT)
+demo: $(VENV)/.installed-demo  ## the main job on the embedded mini model; report in runs/demo/report.html (OUT=folder, ARGS=--quick)
+	$(BIN)/d3po demo --out $(OUT) $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the test suite (ARGS="-k house" runs a part of it)
 	$(BIN)/python -m pytest --durations=15 $(ARGS)

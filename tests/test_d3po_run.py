@@ -207,6 +207,19 @@ def test_tensorboard_gets_the_numbers_of_the_main_process(tmp_path: Path) -> Non
     assert "update/nested.x" in accumulator.Tags()["scalars"]
 
 
+def test_wandb_records_offline_and_asks_for_no_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = Run(RunConfig(dir=str(tmp_path / "run"), trackers=("wandb",)))
+    run.open(Settings())
+    run.record("update", 3, {"loss": 0.5})
+    run.close()
+    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"update/loss" in record.read_bytes()
+
+
 def test_weights_are_replaced_as_a_whole(tmp_path: Path) -> None:
     run = Run(RunConfig(dir=str(tmp_path / "run")))
     run.open(Settings())
