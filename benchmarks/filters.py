@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +123,12 @@ def main() -> None:
         arm: kept(arm, given.work, given.keep, given.seeds[0], given.select) for arm in given.arms
     }
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, text=True
-        ).strip(),
+        "keep": given.keep,
+        "select": given.select,
+        "overrides": given.overrides,
+        "seeds": given.seeds,
+        "prompts": given.prompts,
+        "images_a_prompt": given.images,
         "rows": given.rows,
         "pairs": {arm: PairTable.open(data).num_rows for arm, data in sets.items()},
         "labels_that_agree_with_truth": {arm: truth(data) for arm, data in sets.items()},

@@ -22,13 +22,16 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 # What is written -> what is run: the same command on less.
 SMALLER = {
     r"--rows \d+": "--rows 800",
+    r"--prompts \d+": "--prompts 2",
+    r"--seeds 0 1 2": "--seeds 0",
+    r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
+    "--prompts 2 --images 2",
     r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "
     "optim.accumulation=1 online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 "
     "online.prompt_count=20 eval.count=1 eval.images=2",
     r"(configs/mini_fifa_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=2 "
     "sampler.steps=3 eval.count=1 eval.images=2",
-    r" optim\.max_steps=50\b": "",
-    r"--prompts 1000": "--prompts 4",
+    r" optim\.max_steps=\d\d+\b": "",
 }
 LEFT_OUT = ("make ",)  # what runs these tests, and what they run
 
