@@ -6,6 +6,7 @@ be here (weights of gigabytes, a server, a cluster) and is only checked for bein
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "configs/README.md", "benchmarks/README.md"]
@@ -79,6 +81,10 @@ def place(tmp_path: Path) -> Path:
     for name in ("train.py", "configs", "benchmarks"):
         source, target = ROOT / name, tmp_path / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    for name in ("good.png", "bad.png"):  # a reader's own pair
+        Image.new("RGB", (64, 64), "red" if name == "good.png" else "blue").save(tmp_path / name)
+    own = {"prompt": "a red picture", "chosen": "good.png", "rejected": "bad.png"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(own) + "\n")
     return tmp_path
 
 
