@@ -17,6 +17,7 @@ import torch
 
 from d3po.families import Family, load_family
 from d3po.generate import Order, SamplerConfig, generate
+from fifa.config import write_atomic
 from fifa.images import encode_png, grid, to_batch, to_uint8
 from fifa.miniworld import phrase, prompts, render, sample_scene
 from fifa.miniworld.oracle import Verdict, check
@@ -76,10 +77,10 @@ def main() -> None:
         print("guidance", guidance, table[f"guidance {guidance:g}"], flush=True)
         if arguments.out:
             picture = grid(images[:40], 10, labels=[text[:22] for text in texts[:40]], scale=2)
-            arguments.out.with_suffix(f".g{guidance:g}.png").write_bytes(encode_png(picture))
+            write_atomic(arguments.out.with_suffix(f".g{guidance:g}.png"), encode_png(picture))
     if arguments.out:
         facts = {"model": arguments.model, "prompts": arguments.prompts, "table": table}
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+        write_atomic(arguments.out, json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Sizes:
     """How much work the stages are."""
 
     pairs: int  # of the data set
-    keep: str  # by FiFA; its paper keeps 0.5%, which of so small a data set would be 15 pairs
+    keep: str  # by FiFA; its paper keeps 0.5%, of a data set many times as large
     dpo_steps: int
     dpo_batch: int  # pairs
     d3po_steps: int
@@ -63,15 +63,15 @@ class Sizes:
 
 
 FULL = Sizes(
-    pairs=3000,
-    keep="5%",
+    pairs=10_000,
+    keep="1%",
     dpo_steps=120,
     dpo_batch=32,
     d3po_steps=80,
     groups=16,
     group_images=8,
     sampler_steps=20,
-    eval_prompts=96,
+    eval_prompts=128,
     eval_images=4,
     sheets=9,
 )
