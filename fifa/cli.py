@@ -64,11 +64,14 @@ def world(
     rows: Annotated[int, typer.Option(help="Pairs to make.")],
     seed: Annotated[int | None, typer.Option(help="Another seed is another data set.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Local diffusers folder that paints 5% of the images.")
+    ] = None,
 ) -> None:
     """Make a preference data set of the mini world, of any size, without a download."""
     from fifa.miniworld.dataset import write_dataset
 
-    given: dict[str, Any] = {"seed": seed, "workers": workers}
+    given: dict[str, Any] = {"seed": seed, "workers": workers, "pipeline": pipeline}
     with _progress() as progress:
         shards = write_dataset(
             out,

@@ -78,6 +78,17 @@ def test_a_file_sets_what_the_options_do_not(tmp_path: Path) -> None:
     assert pq.read_metadata(out / "scores.parquet").num_rows == 12
 
 
+def test_a_diffusion_model_paints_some_of_the_world(tmp_path: Path) -> None:
+    from d3po.families import MINI
+
+    arguments = ["--out", str(tmp_path / "a"), "--rows", "40", "--workers", "1"]
+    made = CliRunner().invoke(app, ["world", *arguments, "--pipeline", str(MINI)])
+    assert made.exit_code == 0, made.output
+    table = pq.read_table(tmp_path / "a")
+    painters = [*table["model_0"].to_pylist(), *table["model_1"].to_pylist()]
+    assert 0 < painters.count("pipeline") < 15
+
+
 def test_settings_lists_every_setting_with_its_meaning() -> None:
     output = CliRunner().invoke(app, ["settings"]).output
     assert "min_quality = 0.0  (float)  Drop prompts judged below this." in output
