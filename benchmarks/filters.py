@@ -104,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="key=value for train.py")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--data-seed", type=int, default=0, help="another one: other pairs")
     parser.add_argument("--keep", default="0.5%")
     parser.add_argument("--select", nargs="*", default=[], help="key=value for fifa select")
     parser.add_argument("--arms", nargs="+", default=["importance", "random", FULL])
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    write_dataset(given.work / "pairs", given.rows)
+    write_dataset(given.work / "pairs", given.rows, given.data_seed)
     score(ScoreConfig(data=given.work / "pairs", out=given.work / "scores"))
     minutes = train_in_turn(given.arms, given)
     base, found = painted(given.arms, given)
@@ -123,6 +124,7 @@ def main() -> None:
         arm: kept(arm, given.work, given.keep, given.seeds[0], given.select) for arm in given.arms
     }
     result = {
+        "data_seed": given.data_seed,
         "keep": given.keep,
         "select": given.select,
         "overrides": given.overrides,
