@@ -235,6 +235,15 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return None
 
 
+def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> InputError:
+    """The one sentence for a name that is in no table; `more` is what else is allowed."""
+    names = list(known)
+    near = nearest(name, names)
+    hint = f"did you mean '{near}'? " if near else ""
+    also = f" and {more}" if more else ""
+    return InputError(f"unknown {what} '{name}'; {hint}known are {', '.join(names)}{also}")
+
+
 def describe(cls: type[Config]) -> list[Setting]:
     """Every setting of `cls`, nested parts included: dotted key, type, default and sentence."""
     return _describe(cls, None, "")

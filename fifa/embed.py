@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fifa.config import InputError, atomic_path, fingerprint, nearest
+from fifa.config import InputError, atomic_path, fingerprint, unknown
 from fifa.pairs import normalise_prompt
 
 Vectors = NDArray[np.float32]  # (N, D), rows of length 1
@@ -41,9 +41,7 @@ def load_embedder(spec: str) -> Embedder:
     """The embedder that `spec` names: `tfidf`, `tfidf:<dim>` or `clip:<model>:<weights>`."""
     name, _, argument = spec.partition(":")
     if name not in EMBEDDERS:
-        near = nearest(name, EMBEDDERS)
-        hint = f"did you mean '{near}'? " if near else ""
-        raise InputError(f"unknown embedder '{spec}'; {hint}known are {', '.join(EMBEDDERS)}")
+        raise unknown("embedder", spec, EMBEDDERS)
     module, _, attribute = EMBEDDERS[name].partition(":")
     factory = getattr(importlib.import_module(module), attribute)
     return factory(argument) if argument else factory()

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from fifa.config import InputError, nearest
+from fifa.config import InputError, unknown
 
 if TYPE_CHECKING:
     from fifa.judge.heuristic import HeuristicJudge, surprise
@@ -88,12 +88,7 @@ def load_judge(spec: str, **kwargs: Any) -> QualityJudge:
     family, colon, target = spec.partition(":")
     address = JUDGES.get(family, spec if colon else None)
     if address is None:
-        near = nearest(spec, JUDGES)
-        hint = f"did you mean '{near}'? " if near else ""
-        raise InputError(
-            f"unknown judge '{spec}'; {hint}known are {', '.join(JUDGES)} "
-            f"and package.module:factory"
-        )
+        raise unknown("judge", spec, JUDGES, "package.module:factory")
     arguments = (target,) if family in JUDGES and colon else ()
     factory = _imported(address, spec)
     try:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
-from fifa.config import InputError, nearest
+from fifa.config import InputError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +102,7 @@ def load_reward(spec: str, **kwargs: Any) -> Reward:
         return WeightedSum([load_reward(name) for _, name in terms], [w for w, _ in terms])
     address = spec if colon else REWARDS.get(spec)
     if address is None:
-        near = nearest(spec, REWARDS)
-        hint = f"did you mean '{near}'? " if near else ""
-        raise InputError(
-            f"unknown reward '{spec}'; {hint}known are {', '.join(REWARDS)} "
-            f"and package.module:factory"
-        )
+        raise unknown("reward", spec, REWARDS, "package.module:factory")
     return _made(address, spec, kwargs)
 
 

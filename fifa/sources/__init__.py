@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 
-from fifa.config import InputError, nearest
+from fifa.config import InputError, unknown
 from fifa.sources.reading import Reader
 
 SOURCES: dict[str, str] = {
@@ -33,12 +33,7 @@ def load_source(kind: str) -> Reader:
     """The reader that `kind` names: a key of SOURCES or `package.module:reader`."""
     address = kind if ":" in kind else SOURCES.get(kind)
     if address is None:
-        near = nearest(kind, SOURCES)
-        hint = f"did you mean '{near}'? " if near else ""
-        raise InputError(
-            f"unknown kind of source '{kind}'; {hint}known are {', '.join(SOURCES)} "
-            f"and package.module:reader"
-        )
+        raise unknown("kind of source", kind, SOURCES, "package.module:reader")
     module, _, name = address.partition(":")
     try:
         reader = getattr(importlib.import_module(module), name)
