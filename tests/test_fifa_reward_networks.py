@@ -426,7 +426,10 @@ def test_bf16_is_close_and_another_version(name: str, make: Callable[..., Any]) 
     images = to_batch(pictures())
     a, b = full(images, PROMPTS), half(images, PROMPTS)
     assert b.dtype == torch.float32
-    torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * max(1.0, float(a.abs().max())))
+    # bfloat16 keeps 8 bits, a cosine is off by up to 0.01; PickScore multiplies it by this:
+    scale = float(full.network.logit_scale.exp()) if name == "pickscore" else 1.0
+    largest = max(scale, float(a.abs().max()))
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * largest)
     assert full.version != half.version
     assert full.version == make(name).version
 
