@@ -373,7 +373,9 @@ class OfflineSource:
 
     def _time(self, epoch: int, row: int) -> int:
         """A time of the schedule, uniform over the part that is trained on."""
-        low, high = (round(share * len(self.family.schedule)) for share in self.config.noise)
+        count = len(self.family.schedule)
+        low, high = (round(share * count) for share in self.config.noise)
+        low = min(low, count - 1)  # a part narrower than a time is its nearest one
         return low + self._seed("time", epoch, row) % max(1, high - low)
 
     def _prompt(self, epoch: int, row: int) -> int:

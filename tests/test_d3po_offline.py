@@ -332,6 +332,14 @@ def test_times_are_drawn_from_the_part_of_the_schedule_that_is_asked_for(
     assert 730 < max(seen) < 750
 
 
+@pytest.mark.parametrize(("part", "time"), [((0.9999, 1.0), 999), ((0.0, 0.0001), 0)])
+def test_a_part_narrower_than_a_time_is_its_nearest_one(
+    tmp_path: Path, tiny_sd: Path, run: Run, part: tuple[float, float], time: int
+) -> None:
+    _, source = start(tiny_sd, config_of(tmp_path, good_rows(5), noise=part), run)
+    assert {source._time(epoch, row) for epoch in range(5) for row in range(5)} == {time}
+
+
 @pytest.mark.parametrize("part", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.9, 0.1)])
 def test_a_part_that_is_none_is_one_sentence(part: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="0 <= low < high <= 1"):
