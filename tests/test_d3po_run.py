@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,6 +218,10 @@ def test_wandb_records_offline_and_asks_for_no_login(
     run.record("update", 3, {"loss": 0.5})
     run.close()
     (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    # wandb writes from a process of its own, which may be a little behind
+    until = time.monotonic() + 60
+    while b"update/loss" not in record.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     assert b"update/loss" in record.read_bytes()
 
 
