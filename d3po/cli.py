@@ -199,17 +199,34 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
     form: Annotated[
-        str, typer.Option("--format", help="lora, or merged: a whole diffusers pipeline.")
+        str,
+        typer.Option(
+            "--to",
+            "--format",
+            help="lora, kohya (ComfyUI, A1111), merged (a whole pipeline), denoiser (its network "
+            "alone), single-file (original names).",
+        ),
     ] = "lora",
+    live: Annotated[
+        bool, typer.Option(help="Weights of the last checkpoint, not their average (EMA).")
+    ] = False,
+    repository: Annotated[
+        str | None, typer.Option("--push", help="Also upload to the Hub: user/name.")
+    ] = None,
+    public: Annotated[bool, typer.Option(help="What is pushed is for all to see.")] = False,
 ) -> None:
     """Write a run's weights as others load them, with a model card."""
     from d3po.export import export as write
+    from d3po.export.hub import push
     from d3po.recipe import load_run
     from d3po.run import RunFolder, flatten
 
-    config, policy = load_run(run)
-    write(policy, RunFolder(run), flatten(config.model_dump()), form, out)
+    config, policy = load_run(run, live=live)
+    with nullcontext() if live else policy.averaged():
+        write(policy, RunFolder(run), flatten(config.model_dump()), form, out)
     print(f"{form} weights and a model card are in {out}")
+    if repository is not None:
+        print(f"pushed to {push(out, repository, private=not public)}")
 
 
 def _changed(config: Any, **changes: Any) -> Any:

@@ -303,21 +303,24 @@ def read_prompts(spec: str, count: int, seed: int) -> list[str]:
 # ---- a finished run -----------------------------------------------------------------------------
 
 
-def load_run(path: str | Path, device: str = "cpu") -> tuple[TrainConfig, Policy]:
+def load_run(
+    path: str | Path, device: str = "cpu", live: bool = False
+) -> tuple[TrainConfig, Policy]:
     """The settings of a run and its policy with the trained weights in place.
 
-    Takes <run>/weights, or the newest checkpoint of a run that has not ended.
+    Takes <run>/weights, which are the averaged ones if there is an average, or the newest
+    checkpoint of a run that has not ended; with `live` always that checkpoint.
     """
     folder = RunFolder(path)
     if not (folder.path / "config.yaml").is_file():
         raise InputError(f"{path} is not a run folder: it has no config.yaml")
     config = load(folder.path / "config.yaml")
     policy = Policy(load_family(config.model, device=device), config.policy)
-    if folder.weights.is_dir():
+    if folder.weights.is_dir() and not live:
         policy.load(folder.weights)
         return config, policy
     checkpoint = folder.newest()
     if checkpoint is None:
-        raise InputError(f"{path} has neither weights nor a checkpoint yet")
+        raise InputError(f"{path} has no checkpoint{'' if live else ' and no weights'} yet")
     policy.load_state_dict(checkpoint.tensors("policy"))
     return config, policy
