@@ -69,14 +69,40 @@ def train(
     from d3po import recipe
     from fifa.config import to_yaml
 
-    files = [text for text in settings if "=" not in text]
-    if len(files) > 1:
-        raise InputError(f"one config file at most, got {', '.join(files)}")
-    overrides = [text for text in settings if "=" in text]
-    config = recipe.load(files[0] if files else None, overrides)
+    config = recipe.load(*_file_and_overrides(settings))
     print(f"{to_yaml(config)}\n{recipe.arithmetic(config)}", flush=True)
     if not dry_run:
         recipe.train(config)
+
+
+@app.command()
+def preflight(
+    settings: Annotated[
+        list[str], typer.Argument(metavar="CONFIG.yaml | KEY=VALUE", help="File, then overrides.")
+    ],
+    memory: Annotated[
+        float | None, typer.Option(help="GB of the device; default: of this machine.", min=0)
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="Of a GPU that is not here: matrix TFLOP/s (A100 bf16: 312).", min=0),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Devices that train together.", min=1)] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here too.")
+    ] = None,
+) -> None:
+    """Predict memory, time and disk of a training from config files alone: no weights are read."""
+    from d3po import preflight as ahead
+    from d3po import recipe
+
+    config = recipe.load(*_file_and_overrides(settings))
+    device, rates, process = ahead.place(tflops, config.run.mixed_precision)
+    found = ahead.forecast(config, device, rates, process, processes)
+    available = ahead.available_memory(device) if memory is None else memory * ahead.GB
+    print(ahead.told(found, None if tflops and memory is None else available))
+    if json_file is not None:
+        write_atomic(json_file, found.to_json())
 
 
 @app.command()
@@ -227,6 +253,13 @@ def export(
     print(f"{form} weights and a model card are in {out}")
     if repository is not None:
         print(f"pushed to {push(out, repository, private=not public)}")
+
+
+def _file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
+    files = [text for text in settings if "=" not in text]
+    if len(files) > 1:
+        raise InputError(f"one config file at most, got {', '.join(files)}")
+    return files[0] if files else None, [text for text in settings if "=" in text]
 
 
 def _changed(config: Any, **changes: Any) -> Any:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
 from d3po.generate import Order, SamplerConfig, generate
+from d3po.health.pictures import group_sums, picture_metrics
 from d3po.likelihood import path_logp
 from d3po.policy import Policy
 from d3po.run import Run
@@ -250,7 +251,8 @@ class Rollout:
     prompts: Sequence[str]  # (N,)
     latents: Tensor  # (N, T+1, C, h, w)
     cond: Tensor  # (N, L, D)
-    images: Tensor  # (N, 3, H, W)
+    images: Tensor  # (N, 3, H, W), black where latents are not finite
+    finite: NDArray[np.bool_]  # (N,) whether latents and picture are
 
 
 class OnlineSource:
@@ -292,8 +294,10 @@ class OnlineSource:
         scores = self.run.everywhere(
             lambda: self.judge(rollout.images, rollout.prompts, rollout.places)
         )
+        # a picture that is not finite beats nobody and loses to nobody
+        scores = np.where(rollout.finite[:, None], scores, np.nan)
         pairs = [strict_pairs(own) for own in np.split(scores, len(rollout.places))]
-        metrics = self._metrics(scores, pairs)
+        metrics = {**self._metrics(scores, pairs), **self._pictures(rollout, scores)}
         self.run.status("training")
         return Round(metrics, self._updates(index, rollout, pairs))
 
@@ -312,12 +316,16 @@ class OnlineSource:
             for image in range(config.images)
         ]
         parts = list(generate(self.family, self.policy.bare, self.sampler, orders, self.reduce))
+        latents = torch.cat([part.trajectory.latents for part in parts])
+        images = torch.cat([part.images for part in parts])
+        finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
         return Rollout(
             places,
             [order.prompt for order in orders],
-            torch.cat([part.trajectory.latents for part in parts]),
+            latents,
             torch.cat([part.cond for part in parts]),
-            torch.cat([part.images for part in parts]),
+            torch.where(finite[:, None, None, None], images, 0.0),
+            finite.cpu().numpy(),
         )
 
     def _own_groups(self) -> list[int]:
@@ -394,6 +402,12 @@ class OnlineSource:
         chosen = torch.tensor(steps)
         return path_logp(predict, self.grid, self.family.schedule, latents, chosen, self.reduce)
 
+    def _pictures(self, rollout: Rollout, scores: Scores) -> dict[str, Any]:
+        """How the pictures of the round look, on all processes."""
+        clean = rollout.latents[:, -1]
+        own = group_sums(rollout.images, clean, scores[:, 0], len(rollout.places))
+        return picture_metrics(self.run.total(own))
+
     def _metrics(
         self, scores: Scores, pairs: Sequence[Sequence[tuple[int, int]]]
     ) -> dict[str, Any]:
@@ -401,16 +415,16 @@ class OnlineSource:
         tied = float(sum(not own for own in pairs))
         unused = sum(self.config.images - len({i for pair in own for i in pair}) for own in pairs)
         counts = [
-            float(len(scores)),
+            float(np.isfinite(scores[:, 0]).sum()),
             float(len(pairs)),
             tied,
             float(unused),
             float(sum(map(len, pairs))),
         ]
-        sums = self.run.total([*counts, *scores.sum(0), *(scores**2).sum(0)])
+        sums = self.run.total([*counts, *np.nansum(scores, 0), *np.nansum(scores**2, 0)])
         images, groups, tied, unused_images, found, *rest = sums
-        means = np.array(rest[: len(self.judge_names)]) / images
-        squares = np.array(rest[len(self.judge_names) :]) / images
+        means = np.array(rest[: len(self.judge_names)]) / max(1.0, images)
+        squares = np.array(rest[len(self.judge_names) :]) / max(1.0, images)
         stds = np.sqrt(np.maximum(squares - means**2, 0))
         return {
             "reward": dict(zip(self.judge_names, means.tolist(), strict=True)),

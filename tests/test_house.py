@@ -29,8 +29,8 @@ ORDER = {
     ),
     "d3po": (
         "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
-        " | run, health | trainer | offline, online, evaluate, annotate, export"
-        " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
+        " | run, health | trainer | offline, held_out, online, evaluate, annotate, export"
+        " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)

@@ -69,10 +69,7 @@ def model_card(
 
 def last_evaluation(run: RunFolder) -> dict[str, Any] | None:
     """The newest "eval" line of the run's metrics."""
-    if not run.metrics.exists():
-        return None
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    found = [row for row in rows if row["kind"] == "eval"]
+    found = [row for row in run.rows() if row["kind"] == "eval"]
     return found[-1] if found else None
 
 
