@@ -72,7 +72,12 @@ def faults(kept: Path, folder: Path) -> Iterator[Trial]:
     stop = "health.stop=true"
     own = [f"offline.data={kept}", stop]
     runs_away = ("sinking", "gradient", "runaway", "clipped", "nan")
-    yield Trial("NaN latents", ONLINE, [f"model={broken_model(folder)}", stop], ("nan",))
+    yield Trial(
+        "NaN latents",
+        ONLINE,
+        [f"model={broken_model(folder)}", stop, "eval.prompts=null"],
+        ("nan",),
+    )
     yield Trial("learning rate x500, online", ONLINE, ["optim.learning_rate=1", stop], runs_away)
     yield Trial(
         "learning rate x500, offline", OFFLINE, ["optim.learning_rate=2.5e-3", *own], runs_away

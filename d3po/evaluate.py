@@ -26,7 +26,7 @@ from d3po.health import Health
 from d3po.health.pictures import TONES, tone
 from d3po.policy import Policy
 from d3po.run import Run, plain
-from fifa.config import Config
+from fifa.config import Config, InputError
 from fifa.images import Pixels, grid, to_uint8
 from fifa.rewards import Reward, score_images
 
@@ -152,6 +152,7 @@ def measure(
     done = 0
     for part in generate(family, denoiser, sampler, orders):
         texts = [order.prompt for order in orders[done : done + len(part.images)]]
+        _check_finite(part.images)
         scores = torch.stack([score_images(reward, part.images, texts) for reward in rewards], 1)
         waiting += zip(scores.cpu(), part.images.cpu(), part.trajectory.x0.cpu(), strict=True)
         done += len(part.images)
@@ -161,6 +162,16 @@ def measure(
             del waiting[:images]
         advance(done)
     return results
+
+
+def _check_finite(images: Tensor) -> None:
+    broken = int((~images.isfinite().flatten(1).all(1)).sum())
+    if broken:
+        raise InputError(
+            f"{broken} of {len(images)} pictures to be judged are NaN: the network or the VAE "
+            "overflows, or its weights are broken; use run.mixed_precision bf16 or no, or go back "
+            "to an earlier checkpoint"
+        )
 
 
 def _prompt_result(drawn: Sequence[tuple[Tensor, Tensor, Tensor]], keep: bool) -> PromptResult:

@@ -77,12 +77,18 @@ def _shown(config: OfflineConfig, size: int, kept_out: bool) -> Iterator[Shown]:
 
 
 def label_agreement(pairs: Sequence[Shown], rewards: Sequence[Reward]) -> dict[str, Any]:
-    """The share of pairs whose winner scores higher by each reward, ties as one half."""
+    """The share of pairs whose winner scores higher by each reward, ties as one half.
+
+    A reward that cannot score these prompts or pictures has no say and is left out.
+    """
     prompts = [pair.prompt for pair in pairs]
     win, lose = to_batch([pair.win for pair in pairs]), to_batch([pair.lose for pair in pairs])
     agreement = {}
     for reward in rewards:
-        difference = score_images(reward, win, prompts) - score_images(reward, lose, prompts)
+        try:
+            difference = score_images(reward, win, prompts) - score_images(reward, lose, prompts)
+        except InputError:
+            continue
         agreement[reward.name] = float(((difference.sign() + 1) / 2).mean())
     return {"pairs": len(pairs), "agreement": agreement}
 
