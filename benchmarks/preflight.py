@@ -2,21 +2,20 @@
 
     python benchmarks/preflight.py --out FILE
 
-Each setting trains in a forked child of its own, which reports the most memory that it held
-(ru_maxrss, in which the parent's libraries are counted as in any training) and the CPU seconds of
-one update more. One thread: CPU seconds are then what an idle machine takes.
+Each setting trains twice in a process of its own, with one update and with five. The longer run's
+most resident memory is the peak, libraries included; the difference in CPU seconds is the time of
+four updates: with one thread that is what an idle machine takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-import time
-from contextlib import redirect_stdout
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ import torch
 from d3po import preflight, recipe
 from fifa.config import write_atomic
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs/mini_d3po_incompressibility.yaml"
 STEPS = 5
 BASE = ["eval.prompts=null", "run.checkpoint_every=0", "run.log_every=100"]
 SETTINGS: dict[str, list[str]] = {
@@ -44,25 +44,26 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
-def measured(config: recipe.TrainConfig) -> dict[str, float]:
-    """Train in this process; its peak and the CPU seconds of an update."""
-    start = time.process_time()
-    with open(os.devnull, "w") as nobody, redirect_stdout(nobody):
-        recipe.train(config)
-    seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": float(peak), "seconds": seconds}
+def measured(overrides: Sequence[str]) -> dict[str, float]:
+    """Train in a process of its own; its peak and all its CPU seconds."""
+    command = [sys.executable, str(ROOT / "train.py"), str(CONFIG), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    return {"peak": used.ru_maxrss * 1024.0, "seconds": used.ru_utime + used.ru_stime}
 
 
 def compared(name: str, overrides: list[str], work: Path, rates: Any) -> dict[str, Any]:
     """Forecast and measurement of one setting; a longer run less a shorter one gives an update."""
     found = {}
     for steps in (1, STEPS):
-        folder = work / f"{name.replace(' ', '_').replace(',', '')}-{steps}"
+        folder = work.resolve() / f"{name.replace(' ', '_').replace(',', '')}-{steps}"
         own = [*BASE, *overrides, f"optim.max_steps={steps}", f"run.dir={folder}"]
-        config = recipe.load(ROOT / "configs/mini_d3po_incompressibility.yaml", own)
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            found[steps] = pool.apply(measured, (config,))
+        found[steps] = measured(own)
+    config = recipe.load(CONFIG, own)
     ahead = preflight.forecast(config, "cpu", rates, preflight.own_memory)
     seconds = (found[STEPS]["seconds"] - found[1]["seconds"]) / (STEPS - 1)
     return {
