@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from d3po.evaluate import Evaluation, JudgeResult, PromptResult, measure
+from d3po.evaluate import OF_BOTH, Evaluation, JudgeResult, PromptResult, measure
 from d3po.health import HealthConfig
 from d3po.health.pictures import collapse
 from d3po.recipe import TrainConfig, arithmetic, evaluation_prompts, load, load_run
@@ -131,7 +131,8 @@ def _evaluation(
     judges = [{"judge": name, **values} for name, values in found[-1]["judges"].items()]
     diversity = {
         key: [found[-1][key][who] for who in ("policy", "reference")]
-        for key in ("pixel_diversity", "latent_diversity")
+        for key in OF_BOTH
+        if key in found[-1]
     }
     sizes = {
         "prompts": len(evaluation_prompts(config)),
@@ -144,8 +145,9 @@ def _evaluation(
 def _from_json(values: Mapping[str, Any], where: Path) -> Evaluation:
     """JSON has null where a single picture has no distance."""
     distances = {
-        key: tuple(np.nan if number is None else number for number in values.get(key, ()))
-        for key in ("pixel_diversity", "latent_diversity")
+        key: tuple(np.nan if number is None else number for number in values[key])
+        for key in OF_BOTH
+        if key in values
     }
     try:
         return TypeAdapter(Evaluation).validate_python({**values, **distances})
