@@ -37,9 +37,11 @@ def launched_team() -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    # Without a GPU the processes join only when they are told that they use CPUs.
+    state = PartialState(cpu=not torch.cuda.is_available())
     try:
         yield Team(state.process_index, state.num_processes, state.wait_for_everyone)
     finally:
