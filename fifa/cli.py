@@ -133,20 +133,32 @@ def sources() -> None:
 
 @app.command(epilog="Example: `fifa score runs/pairs --out runs/scores --reward mini`")
 def score(
-    data: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns; or a list of prompts."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the scores; continued if unfinished.")],
-    reward: Annotated[str | None, typer.Option(help="Proxy reward, see `fifa rewards`.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Proxy reward, see `fifa rewards`; none: text alone.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Judge of text quality: heuristic, local:..., openai:...")
     ] = None,
     embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster to score on: local, auto, or an address.")
+    ] = None,
     config: File = None,
     settings: Settings = None,
 ) -> None:
-    """Give every pair its margin, text quality and diversity; killed, it continues where it was."""
-    from fifa.scoring import ScoreConfig
+    """Give every pair its margin, text quality and diversity; killed, it continues where it was.
+
+    Several GPUs: `accelerate launch -m fifa.cli score ...`, or `--ray` for many machines.
+    """
+    from fifa.scoring import ScoreConfig, score_share
     from fifa.scoring import score as run
+    from fifa.scoring.processes import launched_team
 
     given = {
         "data": data,
@@ -155,13 +167,20 @@ def score(
         "judge": judge,
         "embedder": embedder,
         "limit": limit,
+        "ray": ray,
     }
-    with _progress() as progress:
-        summary = run(_config(ScoreConfig, config, given, settings), progress)
+    chosen = _config(ScoreConfig, config, given, settings)
+    with launched_team() as team:
+        if team.rank > 0:
+            score_share(chosen, team)
+            return
+        with _progress() as progress:
+            summary = run(chosen, progress, team)
+    found = "" if chosen.text_only else f"reward and people agree on {summary.agreement:.1%}"
+    ties = "" if chosen.text_only else f"{summary.ties:,} ties, "
     print(
         f"{summary.scored:,} of {summary.rows:,} rows scored ({summary.resumed:,} found done), "
-        f"{summary.ties:,} ties, {summary.prompts:,} prompts; "
-        f"reward and people agree on {summary.agreement:.1%}"
+        f"{ties}{summary.prompts:,} prompts{found and '; '}{found}"
     )
     for kind, count in summary.rejected.items():
         print(f"  set aside, {count:,} rows: {kind}")
@@ -206,7 +225,8 @@ def select(
         f"{name} {value:.3f}" for name, value in summary.f.items() if value is not None
     )
     print(f"f(S) at {summary.kept:,} pairs: {told}")
-    print(f"reward and people agree on {summary.agreement:.1%} of the kept")
+    if summary.agreement is not None:
+        print(f"reward and people agree on {summary.agreement:.1%} of the kept")
     print(summary.out / KEPT)
 
 
@@ -293,7 +313,7 @@ def settings() -> None:
     """List every setting of `convert`, `score` and `select` with its default and meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
-    from fifa.scoring import ScoreConfig
+    from fifa.scoring.settings import ScoreConfig
     from fifa.sources.convert import ConvertConfig
 
     kinds = (("convert", ConvertConfig), ("score", ScoreConfig), ("select", SelectConfig))

@@ -22,8 +22,8 @@ from pydantic import Field, field_validator
 
 from fifa.config import Config, InputError, atomic_path, write_atomic
 from fifa.knn import FLOOR, Vectors
-from fifa.pairs import PairTable
-from fifa.scoring import SCORES, read_manifest
+from fifa.scoring import SCORES, open_data, read_manifest
+from fifa.scoring.settings import TEXT_ONLY
 from fifa.selection import (
     SELECTORS,
     Floats,
@@ -42,6 +42,7 @@ FATES = "selection.parquet"
 SUMMARY = "selection.json"
 
 Method = Literal["importance", "greedy", "margin", "quality", "diversity", "pair_ranking", "random"]
+NEED_MARGINS = ("margin", "pair_ranking")  # the others take no margin as one that is always 0
 BESIDE = ("importance", "greedy", "margin", "random")  # methods that f is reported for
 
 # Why a row was not kept; the first that applies.
@@ -94,7 +95,7 @@ class SelectSummary:
     kept: int
     fates: dict[str, int]  # every row of the data set, by what became of it
     f: dict[str, float | None]  # method -> f(S) at equal size, null for a single pair
-    agreement: float  # share of the kept pairs whose winner has the higher reward
+    agreement: float | None  # share of the kept whose winner has the higher reward; null for text
 
 
 def select(config: SelectConfig) -> SelectSummary:
@@ -104,7 +105,14 @@ def select(config: SelectConfig) -> SelectSummary:
     InputError if the folder holds no complete scores or the data set has changed since.
     """
     manifest = read_manifest(config.scores)
-    table = PairTable.open(config.data or manifest["data_path"])
+    text_only = manifest["pass"]["reward"] == TEXT_ONLY
+    if text_only and config.method in NEED_MARGINS:
+        raise InputError(
+            f"{config.scores} holds text scores only and the method '{config.method}' needs "
+            f"margins; methods that do not are "
+            f"{', '.join(name for name in SELECTORS if name not in NEED_MARGINS)}"
+        )
+    table = open_data(Path(config.data or manifest["data_path"]), text_only)
     if table.fingerprint() != manifest["pass"]["data"]:
         raise InputError(f"{table.path} has changed since {config.scores} was made from it")
     total = min(manifest["pass"]["limit"] or table.num_rows, table.num_rows)
@@ -155,8 +163,11 @@ def _ruled_out(scores: pa.Table, config: SelectConfig) -> NDArray[np.object_]:
 
 
 def terms_of(scores: pa.Table, vectors: Vectors, config: SelectConfig) -> Terms:
-    """What the selectors see of rows that are no ties and have a quality."""
-    column = {name: scores[name].to_numpy().astype(np.float64) for name in _READ}
+    """What the selectors see of rows that are no ties and have a quality.
+
+    Where only text was scored every margin is 0.
+    """
+    column = {name: scores[name].fill_null(0).to_numpy().astype(np.float64) for name in _READ}
     first_won = scores["win"].to_numpy() == 0
     return make_terms(
         win=np.where(first_won, column["reward_0"], column["reward_1"]),
@@ -230,8 +241,11 @@ def _report(
     wanted: int,
     fates: dict[str, int],
 ) -> dict[str, Any]:
-    margin = terms.win - terms.lose
+    text_only = manifest["pass"]["reward"] == TEXT_ONLY
+    margin = None if text_only else terms.win - terms.lose
     methods = dict.fromkeys((config.method, *BESIDE))
+    if text_only:
+        methods = {name: None for name in methods if name not in NEED_MARGINS}
     sets = {name: _choose(terms, config, len(chosen), name) for name in methods}
     sets[config.method] = chosen
     return {
@@ -243,7 +257,10 @@ def _report(
         "kept": len(chosen),
         "eligible": len(terms),
         "fates": fates,
-        "agreement": {"all": _agreement(margin), "kept": _agreement(margin[chosen])},
+        "agreement": {
+            "all": None if margin is None else _agreement(margin),
+            "kept": None if margin is None else _agreement(margin[chosen]),
+        },
         "prompts": {
             "all": len(np.unique(terms.prompt)),
             "kept": len(np.unique(terms.prompt[chosen])),

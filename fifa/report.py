@@ -251,11 +251,14 @@ def filter_sections(
 def _read_selection(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     try:
         selection = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        return selection, pq.read_table(folder / FATES)
+        fates = pq.read_table(folder / FATES)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no selection; run `fifa select` first") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the selection in {folder}: {error}") from None
+    if selection["agreement"]["all"] is None:
+        raise InputError(f"{folder} holds prompts without pictures, the report shows pairs")
+    return selection, fates
 
 
 def _with_fates(scores: pa.Table, fates: pa.Table) -> pa.Table:
