@@ -196,7 +196,8 @@ def select(
     gamma: Annotated[float | None, typer.Option(help="Weight of diversity.")] = None,
     cap: Annotated[int | None, typer.Option(help="Most pairs of a prompt, 0: no limit.")] = None,
     min_quality: Annotated[float | None, typer.Option(help="Least text quality, 0..10.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random method.")] = None,
+    deny: Annotated[Path | None, typer.Option(help="File of prompts to drop, a line each.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of methods by chance.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for kept.parquet.")] = None,
     config: File = None,
     settings: Settings = None,
@@ -213,6 +214,7 @@ def select(
         "gamma": gamma,
         "cap": cap,
         "min_quality": min_quality,
+        "deny": deny,
         "seed": seed,
         "out": out,
     }

@@ -2,8 +2,8 @@
 
 kept.parquet        the chosen rows of the data set, with all their columns
 selection.parquet   row, fate (kept, or why not), importance (null where there is none)
-selection.json      settings, counts, each term among all and among the kept, and f(S) of the
-                    chosen method beside others of equal size
+selection.json      settings, counts, each term among all and among the kept, f(S) of the chosen
+                    method beside all others of equal size, and which were too dear to compare
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from fifa.config import Config, InputError, atomic_path, write_atomic
-from fifa.knn import FLOOR, Vectors
+from fifa.denylist import DenyList, read_deny_list
+from fifa.knn import FLOOR, Vectors, near_groups
+from fifa.pairs import PairTable
 from fifa.scoring import SCORES, open_data, read_manifest
 from fifa.scoring.settings import TEXT_ONLY
 from fifa.selection import (
@@ -31,23 +33,37 @@ from fifa.selection import (
     MarginKind,
     Norm,
     Terms,
+    affordable,
     importance,
     make_terms,
     objective,
     parse_count,
 )
+from fifa.sources.prompts import PromptList
 
 KEPT = "kept.parquet"
 FATES = "selection.parquet"
 SUMMARY = "selection.json"
 
-Method = Literal["importance", "greedy", "margin", "quality", "diversity", "pair_ranking", "random"]
+Method = Literal[
+    "importance",
+    "greedy",
+    "stochastic",
+    "margin",
+    "quality",
+    "diversity",
+    "pair_ranking",
+    "facility_location",
+    "k_centre",
+    "random",
+]
+
 NEED_MARGINS = ("margin", "pair_ranking")  # the others take no margin as one that is always 0
-BESIDE = ("importance", "greedy", "margin", "random")  # methods that f is reported for
 
 # Why a row was not kept; the first that applies.
 REJECTED = "could not be scored"
 TIE = "tie"
+DENIED = "on the deny list"
 UNJUDGED = "text without a score"
 POOR = "text below the minimum"
 FULL = "its prompt has its share"
@@ -70,14 +86,23 @@ class SelectConfig(Config):
     )
     norm: Norm = Field("zscore", description="Scale on which the terms are added up.")
     cap: int = Field(1, ge=0, description="Most pairs of one prompt; 0 for no limit.")
+    near: float = Field(
+        0.0,
+        ge=0,
+        lt=2,
+        description="Prompts closer than this to an earlier one share its cap; 0 for none.",
+    )
     min_quality: float = Field(0.0, ge=0, le=10, description="Drop prompts judged below this.")
+    deny: Path | None = Field(
+        None, description="File of phrases and /regular expressions/, a line each, to drop."
+    )
     neighbours: int = Field(
         1, ge=1, description="k of the k-th nearest prompt by which f(S) measures the kept set."
     )
     floor: float = Field(
         FLOOR, gt=0, description="Prompts closer than this (of at most 2) count as this far apart."
     )
-    seed: int = Field(0, ge=0, description="Seed of the random method and of the random baseline.")
+    seed: int = Field(0, ge=0, description="Seed of the methods random and stochastic.")
 
     @field_validator("k")
     @classmethod
@@ -104,6 +129,7 @@ def select(config: SelectConfig) -> SelectSummary:
     Keeps fewer than wanted where ties, the minimum quality and the cap leave no more. Raises
     InputError if the folder holds no complete scores or the data set has changed since.
     """
+    denied = read_deny_list(config.deny) if config.deny else None
     manifest = read_manifest(config.scores)
     text_only = manifest["pass"]["reward"] == TEXT_ONLY
     if text_only and config.method in NEED_MARGINS:
@@ -119,6 +145,8 @@ def select(config: SelectConfig) -> SelectSummary:
     wanted = parse_count(config.k, total)
     scores = read_scores(config.scores)
     fates = _ruled_out(scores, config)
+    if denied is not None:
+        fates[(fates != TIE) & _denied(table, scores, denied)] = DENIED
     eligible = np.flatnonzero(fates == "")
     if len(eligible) == 0:
         raise InputError(f"no row of {config.scores} can be kept; {_listed(Counter(fates))}")
@@ -152,6 +180,12 @@ def _vectors(folder: Path, manifest: dict[str, Any]) -> Vectors:
         raise InputError(f"cannot read {path}; run `fifa score` again to make it") from None
 
 
+def _denied(table: PairTable | PromptList, scores: pa.Table, denied: DenyList) -> NDArray[np.bool_]:
+    """Which scored rows have a prompt that the list names."""
+    captions = table.captions(scores["row"].to_numpy())
+    return np.array([denied.names(caption) for caption in captions], dtype=bool)
+
+
 def _ruled_out(scores: pa.Table, config: SelectConfig) -> NDArray[np.object_]:
     """The fate of each scored row that cannot be kept, '' for the others."""
     quality = scores["quality"].to_numpy()  # null comes as NaN
@@ -169,12 +203,13 @@ def terms_of(scores: pa.Table, vectors: Vectors, config: SelectConfig) -> Terms:
     """
     column = {name: scores[name].fill_null(0).to_numpy().astype(np.float64) for name in _READ}
     first_won = scores["win"].to_numpy() == 0
+    prompt = scores["prompt_id"].to_numpy()
     return make_terms(
         win=np.where(first_won, column["reward_0"], column["reward_1"]),
         lose=np.where(first_won, column["reward_1"], column["reward_0"]),
         quality=column["quality"],
         log_knn=column["log_knn"],
-        prompt=scores["prompt_id"].to_numpy(),
+        prompt=prompt,
         vectors=vectors,
         alpha=config.alpha,
         gamma=config.gamma,
@@ -182,6 +217,7 @@ def terms_of(scores: pa.Table, vectors: Vectors, config: SelectConfig) -> Terms:
         norm=config.norm,
         neighbours=config.neighbours,
         floor=config.floor,
+        group=near_groups(vectors, config.near)[prompt] if config.near else None,
     )
 
 
@@ -195,8 +231,8 @@ def _choose(terms: Terms, config: SelectConfig, k: int, method: str) -> Ints:
 def _fates(terms: Terms, chosen: Ints, cap: int) -> NDArray[np.object_]:
     fates = np.full(len(terms), LOWER, dtype=object)
     if cap:
-        kept_of = np.bincount(terms.prompt[chosen], minlength=len(terms.vectors))
-        fates[kept_of[terms.prompt] >= cap] = FULL
+        kept_of = np.bincount(terms.groups[chosen], minlength=len(terms.vectors))
+        fates[kept_of[terms.groups] >= cap] = FULL
     fates[chosen] = CHOSEN
     return fates
 
@@ -225,7 +261,7 @@ def _write_fates(
 def _counts(fates: NDArray[np.object_], total: int) -> dict[str, int]:
     counts = Counter(fates.tolist())
     counts[REJECTED] = total - len(fates)
-    order = (CHOSEN, LOWER, FULL, POOR, UNJUDGED, TIE, REJECTED)
+    order = (CHOSEN, LOWER, FULL, POOR, UNJUDGED, DENIED, TIE, REJECTED)
     return {fate: counts[fate] for fate in order if counts[fate]}
 
 
@@ -243,11 +279,15 @@ def _report(
 ) -> dict[str, Any]:
     text_only = manifest["pass"]["reward"] == TEXT_ONLY
     margin = None if text_only else terms.win - terms.lose
-    methods = dict.fromkeys((config.method, *BESIDE))
-    if text_only:
-        methods = {name: None for name in methods if name not in NEED_MARGINS}
-    sets = {name: _choose(terms, config, len(chosen), name) for name in methods}
-    sets[config.method] = chosen
+    dear = {
+        name: affordable(name, terms, len(chosen))
+        for name in SELECTORS
+        if not (text_only and name in NEED_MARGINS)
+    }
+    sets: dict[str, Ints] = {config.method: chosen}
+    for name, why in dear.items():
+        if name != config.method and why is None:
+            sets[name] = _choose(terms, config, len(chosen), name)
     return {
         "settings": config.model_dump(mode="json"),
         "scored_with": {**manifest["pass"], **manifest["prompts"]},
@@ -266,6 +306,7 @@ def _report(
             "kept": len(np.unique(terms.prompt[chosen])),
         },
         "objective": {name: _finite(objective(s, terms)._asdict()) for name, s in sets.items()},
+        "not_compared": {name: why for name, why in dear.items() if why and name not in sets},
     }
 
 

@@ -332,6 +332,11 @@ class PairTable:
                 pieces.append(self.read_group(i, columns).take(local))
         return pa.concat_tables(pieces)
 
+    def captions(self, indices: ArrayLike) -> list[str]:
+        """The prompts of the given rows, in table order."""
+        found: list[str] = self.read_rows(indices, ["caption"])["caption"].to_pylist()
+        return found
+
     def judgments(self, i: int) -> Iterator[Judgment | BadRow]:
         """The rows of group `i` in order; a row that is no judgment comes as a BadRow."""
         group = self._groups[i]

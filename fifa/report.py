@@ -374,7 +374,10 @@ def _objectives(numbers: dict[str, Any]) -> str:
         f"the {settings['norm']} scale; entropy per dimension, in standard deviations of the log "
         f"distance that prompts have in the whole set, 0 being its mean."
     )
-    return html_text(told) + html_table(rows)
+    left_out = "".join(
+        f" Not compared: {n}, which {w}." for n, w in numbers["not_compared"].items()
+    )
+    return html_text(told + left_out) + html_table(rows)
 
 
 _SHOWN = (

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from fifa.config import InputError, atomic_path, write_atomic
 from fifa.embed import Vectors, cache_path, embed, load_embedder
 from fifa.judge import CachedJudge, QualityJudge, load_judge
-from fifa.knn import log_knn
+from fifa.knn import find_neighbours
 from fifa.pairs import PairTable, distinct_prompts
 from fifa.rewards import Reward, load_reward
 from fifa.scoring.groups import WIN, GroupScorer, rejected_path, shard_path, write_shard
@@ -217,6 +217,7 @@ def _manifest(config: ScoreConfig, scorer: GroupScorer) -> dict[str, Any]:
         "embedder": load_embedder(config.embedder).name,
         "neighbours": config.neighbours,
         "floor": config.floor,
+        "index": config.index,
     }
     return {"data_path": str(config.data.resolve()), "pass": made_from, "prompts": then}
 
@@ -292,21 +293,32 @@ def _finish(
     embedder = load_embedder(config.embedder)
     vectors = embed(prompts, embedder, cache=out)
     progress("comparing prompts", 0, len(prompts))
-    diversity = _log_knn(vectors, config.neighbours, config.floor)[ids]
+    diversity, found = _log_knn(vectors, config)
     progress("comparing prompts", len(prompts), len(prompts))
-    table = _joined(shards, ids, diversity)
+    table = _joined(shards, ids, diversity[ids])
     with atomic_path(out / SCORES) as temporary:
         pq.write_table(table, temporary)
-    complete = {**manifest, "embeddings": cache_path(prompts, embedder, out).name, "complete": True}
+    complete = {
+        **manifest,
+        "prompts": {**manifest["prompts"], **found},
+        "embeddings": cache_path(prompts, embedder, out).name,
+        "complete": True,
+    }
     write_atomic(out / MANIFEST, _json(complete))
     return table, Counter(reason["kind"] for reason in reasons)
 
 
-def _log_knn(vectors: Vectors, k: int, floor: float) -> NDArray[np.float64]:
-    """`log_knn` with as many neighbours as there are; a lone prompt is a diameter from nothing."""
+def _log_knn(vectors: Vectors, config: ScoreConfig) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Log distance to the k-th nearest prompt, (P,), and how it was found.
+
+    With as many neighbours as there are; a lone prompt is a diameter from nothing.
+    """
     if len(vectors) == 1:
-        return np.array([np.log(2.0)])
-    return log_knn(vectors, min(k, len(vectors) - 1), floor)
+        return np.array([np.log(2.0)]), {"index": "exact", "recall": 1.0}
+    k = min(config.neighbours, len(vectors) - 1)
+    found = find_neighbours(vectors, k, config.index, config.recall)
+    log_distance = np.log(np.maximum(found.distances[:, -1], config.floor))
+    return log_distance, {"index": found.index, "recall": found.recall, "effort": found.effort}
 
 
 def _joined(shards: pa.Table, ids: NDArray[np.int64], diversity: NDArray[np.float64]) -> pa.Table:

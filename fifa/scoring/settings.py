@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from fifa.config import Config
-from fifa.knn import FLOOR
+from fifa.knn import FLOOR, Index
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all
 
@@ -42,6 +42,13 @@ class ScoreConfig(Config):
     )
     floor: float = Field(
         FLOOR, gt=0, description="Prompts closer than this (of at most 2) count as this far apart."
+    )
+    index: Index = Field(
+        "auto",
+        description="How neighbours are found; auto is exact up to 200,000 prompts, then ivf.",
+    )
+    recall: float = Field(
+        0.98, gt=0, lt=1, description="Share of true neighbours that ivf and hnsw look for."
     )
     device: str = Field(
         "cpu", description="Where the networks of reward and local judge run, such as cuda."

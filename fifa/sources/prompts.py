@@ -74,6 +74,11 @@ class PromptList:
             where, found = self._found[number]
             yield set_aside(number, found) if isinstance(found, RowError) else (where, found)
 
+    def captions(self, indices: ArrayLike) -> list[str]:
+        """The prompts of the given rows, in order."""
+        rows = checked_rows(indices, self.num_rows, self.path)
+        return [str(self._found[row][1]) for row in rows]
+
     def take(self, indices: ArrayLike, out_path: str | Path) -> None:
         """Write the given rows as Parquet: `caption` and the `source` that it was read from."""
         found = [self._found[row] for row in checked_rows(indices, self.num_rows, self.path)]
