@@ -139,7 +139,9 @@ def score(
     judge: Annotated[
         str | None, typer.Option(help="Judge of text quality: heuristic, local:..., openai:...")
     ] = None,
-    embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Prompts to vectors: tfidf, clip:..., clip_hf:..., ...")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     config: File = None,
     settings: Settings = None,
@@ -165,6 +167,8 @@ def score(
     )
     for kind, count in summary.rejected.items():
         print(f"  set aside, {count:,} rows: {kind}")
+    if summary.cut:
+        print(f"  {summary.cut:,} prompts are longer than the embedder reads and were cut for it")
     print(f"scores in {summary.out}")
 
 

@@ -7,6 +7,7 @@ all shards are there, prompts are embedded and compared and one table is written
     scores.parquet   row, prompt_id, reward_0, reward_1, win (0, 1, -1 for a tie), margin,
                      quality, quality_reason, log_knn
     embeddings-*.npy unit vectors of the distinct prompts, by prompt_id
+    *.sqlite         what judges and text networks answered, kept prompt by prompt
     rejected.jsonl   rows that could not be scored, and why
     manifest.json    what the numbers were made from
 """
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fifa.config import Config, InputError, atomic_path, write_atomic
-from fifa.embed import Vectors, cache_path, embed, load_embedder
+from fifa.embed import STORE, Embedder, Vectors, cache_path, count_cut, embed, load_embedder
 from fifa.images import Pixels, decode, to_batch
 from fifa.judge import CachedJudge, Quality, QualityJudge, load_judge
 from fifa.knn import FLOOR, log_knn
@@ -91,7 +92,17 @@ class ScoreConfig(Config):
         "openai:<model>@<base url>.",
     )
     judge_args: dict[str, Any] = Field({}, description="Arguments of the judge's factory.")
-    embedder: str = Field("tfidf", description="Prompts to vectors: tfidf, clip:<model>:<weights>.")
+    embedder: str = Field(
+        "tfidf",
+        description="Prompts to vectors: tfidf, clip:<model>:<weights>, clip_hf:<model>, "
+        "sentence:<model>.",
+    )
+    embedder_args: dict[str, Any] = Field({}, description="Arguments of the embedder's factory.")
+    embedding_store: Path | None = Field(
+        None,
+        description="SQLite file that keeps the vectors of text networks prompt by prompt, for "
+        "several passes; default: one in `out`.",
+    )
     neighbours: int = Field(
         5, ge=1, description="k of the k-th nearest prompt whose log distance is recorded."
     )
@@ -99,7 +110,8 @@ class ScoreConfig(Config):
         FLOOR, gt=0, description="Prompts closer than this (of at most 2) count as this far apart."
     )
     device: str = Field(
-        "cpu", description="Where the networks of reward and local judge run, such as cuda."
+        "cpu",
+        description="Where the networks of reward, local judge and embedder run, such as cuda.",
     )
     batch_size: int = Field(128, ge=2, description="Images decoded and scored at once.")
     limit: int | None = Field(None, ge=1, description="Score only the first rows, this many.")
@@ -115,6 +127,7 @@ class ScoreSummary:
     ties: int
     prompts: int  # distinct
     agreement: float  # share of pairs whose winner has the higher reward, ties of the reward half
+    cut: int = 0  # prompts that the embedder did not read to their end
     rejected: dict[str, int] = field(default_factory=dict)  # kind -> rows
     resumed: int = 0  # rows found scored already
 
@@ -150,15 +163,15 @@ def score(config: ScoreConfig, progress: Progress = no_progress) -> ScoreSummary
                 qualities = judge.score([row.prompt for row in scored], told)
                 _write_shard(config.out, i, scored, qualities, bad)
             progress("scoring", stop, total)
-        scores, rejected = _finish(config, manifest, groups, progress)
-    return _summary(config, scores, rejected, total, resumed)
+        scores, cut, rejected = _finish(config, manifest, groups, progress)
+    return _summary(config, scores, cut, rejected, total, resumed)
 
 
-S = TypeVar("S", Reward, QualityJudge)
+S = TypeVar("S", Reward, QualityJudge, Embedder)
 
 
 def _on(scorer: S, device: str, kind: str = "reward") -> S:
-    """The reward or judge with its network, if it has one, on the device."""
+    """The reward, judge or embedder with its network, if it has one, on the device."""
     if hasattr(scorer, "to"):
         try:
             scorer.to(device)
@@ -197,7 +210,7 @@ def _manifest(
         "limit": config.limit,
     }
     then = {
-        "embedder": load_embedder(config.embedder).name,
+        "embedder": load_embedder(config.embedder, **config.embedder_args).name,
         "neighbours": config.neighbours,
         "floor": config.floor,
     }
@@ -379,8 +392,11 @@ def _write_shard(
 
 def _finish(
     config: ScoreConfig, manifest: dict[str, Any], groups: Sequence[int], progress: Progress
-) -> tuple[pa.Table, Counter[str]]:
-    """Join the shards, embed and compare the prompts, write the table; it and the rejections."""
+) -> tuple[pa.Table, int, Counter[str]]:
+    """Join the shards, embed and compare the prompts, write the table.
+
+    Returns it, how many prompts the embedder did not read to their end, and the rejections.
+    """
     out = config.out
     rejected = b"".join(_rejected_shard(out, i).read_bytes() for i in groups)
     write_atomic(out / REJECTED, rejected)
@@ -390,17 +406,25 @@ def _finish(
         raise InputError(f"not one row of {config.data} can be scored; {reasons[0]['reason']}")
     prompts, ids = distinct_prompts(shards["caption"].to_pylist())
     progress("embedding prompts", 0, len(prompts))
-    embedder = load_embedder(config.embedder)
-    vectors = embed(prompts, embedder, cache=out)
+    embedder = load_embedder(config.embedder, **config.embedder_args)
+    store = config.embedding_store or out / STORE
+    told = partial(progress, "embedding prompts")
+    vectors = embed(prompts, _on(embedder, config.device, "embedder"), out, store, told)
+    cut = count_cut(prompts, embedder)
     progress("comparing prompts", 0, len(prompts))
     diversity = _log_knn(vectors, config.neighbours, config.floor)[ids]
     progress("comparing prompts", len(prompts), len(prompts))
     table = _joined(shards, ids, diversity)
     with atomic_path(out / SCORES) as temporary:
         pq.write_table(table, temporary)
-    complete = {**manifest, "embeddings": cache_path(prompts, embedder, out).name, "complete": True}
+    complete = {
+        **manifest,
+        "prompts": {**manifest["prompts"], "cut": cut},
+        "embeddings": cache_path(prompts, embedder, out).name,
+        "complete": True,
+    }
     write_atomic(out / MANIFEST, _json(complete))
-    return table, Counter(reason["kind"] for reason in reasons)
+    return table, cut, Counter(reason["kind"] for reason in reasons)
 
 
 def _log_knn(vectors: Vectors, k: int, floor: float) -> NDArray[np.float64]:
@@ -422,7 +446,12 @@ def _joined(shards: pa.Table, ids: NDArray[np.int64], diversity: NDArray[np.floa
 
 
 def _summary(
-    config: ScoreConfig, table: pa.Table, rejected: Counter[str], total: int, resumed: int
+    config: ScoreConfig,
+    table: pa.Table,
+    cut: int,
+    rejected: Counter[str],
+    total: int,
+    resumed: int,
 ) -> ScoreSummary:
     margin = table["margin"].drop_null().to_numpy()
     agreement = float(((margin > 0) + 0.5 * (margin == 0)).mean()) if len(margin) else float("nan")
@@ -433,6 +462,7 @@ def _summary(
         ties=len(table) - len(margin),
         prompts=int(table["prompt_id"].to_numpy().max()) + 1,
         agreement=agreement,
+        cut=cut,
         rejected=dict(sorted(rejected.items())),
         resumed=resumed,
     )

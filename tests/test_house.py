@@ -64,7 +64,7 @@ SEEDERS = {
 }
 WEIGHT_LIMITS = {"d3po/mini_sd/weights": 25_000_000, "fifa/rewards/weights": 8_000_000}  # bytes
 # what the packages may import beyond install_requires: features that a user asks for by name
-OPTIONAL_EXTRAS = ("trackers", "hub", "xformers")
+OPTIONAL_EXTRAS = ("trackers", "hub", "sentence", "xformers")
 # import name -> the package that setup.cfg asks for, where the two differ
 PROVIDED_BY = {
     "PIL": "pillow",
