@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -109,12 +109,7 @@ def select(config: SelectConfig) -> SelectSummary:
         raise InputError(f"{table.path} has changed since {config.scores} was made from it")
     total = min(manifest["pass"]["limit"] or table.num_rows, table.num_rows)
     wanted = parse_count(config.k, total)
-    scores = read_scores(config.scores)
-    fates = _ruled_out(scores, config)
-    eligible = np.flatnonzero(fates == "")
-    if len(eligible) == 0:
-        raise InputError(f"no row of {config.scores} can be kept; {_listed(Counter(fates))}")
-    terms = terms_of(scores.take(eligible), _vectors(config.scores, manifest), config)
+    scores, fates, eligible, terms = candidates(config, manifest)
     chosen = _choose(terms, config, wanted, config.method)
     fates[eligible] = _fates(terms, chosen, config.cap)
     kept_rows = scores["row"].to_numpy()[eligible[chosen]]
@@ -126,6 +121,26 @@ def select(config: SelectConfig) -> SelectSummary:
     write_atomic(out / SUMMARY, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     f = {name: values["f"] for name, values in report["objective"].items()}
     return SelectSummary(out, wanted, len(chosen), counts, f, report["agreement"]["kept"])
+
+
+class Candidates(NamedTuple):
+    """Scored rows, and those of them that may be kept."""
+
+    scores: pa.Table  # all scored rows
+    fates: NDArray[np.object_]  # of each scored row that may not be kept, '' of the others
+    eligible: Ints  # places of the others in `scores`
+    terms: Terms  # of the eligible rows, in their order
+
+
+def candidates(config: SelectConfig, manifest: dict[str, Any]) -> Candidates:
+    """What there is to choose from; InputError where no row may be kept."""
+    scores = read_scores(config.scores)
+    fates = _ruled_out(scores, config)
+    eligible = np.flatnonzero(fates == "")
+    if len(eligible) == 0:
+        raise InputError(f"no row of {config.scores} can be kept; {_listed(Counter(fates))}")
+    terms = terms_of(scores.take(eligible), _vectors(config.scores, manifest), config)
+    return Candidates(scores, fates, eligible, terms)
 
 
 def read_scores(folder: Path) -> pa.Table:
