@@ -62,20 +62,29 @@ class ClipTextEmbedder(NetworkEmbedder):
         return network
 
     def _read(self) -> Any:
-        from transformers import AutoConfig, CLIPTextModelWithProjection
+        from transformers import CLIPTextModelWithProjection
 
-        path, revision = self._place.path, self._place.commit or "main"
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        if config.model_type == "clip":  # both towers share the width of the whole model
-            width, config = config.projection_dim, config.text_config
-            config.projection_dim = width  # CLIP-H publishes another, wrong one for its text tower
         return CLIPTextModelWithProjection.from_pretrained(
-            path,
-            revision=revision,
-            config=config,
+            self._place.path,
+            revision=self._place.commit or "main",
+            config=self.config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed, and then told
         )
+
+    @cached_property
+    def config(self) -> Any:
+        """Of the text encoder; CLIP-H publishes a wrong width beside the one of both encoders."""
+        from transformers import AutoConfig
+
+        path, revision = self._place.path, self._place.commit or "main"
+        found = read_model(
+            lambda: AutoConfig.from_pretrained(path, revision=revision), self._place, self._spec
+        )
+        if found.model_type != "clip":
+            return found
+        found.text_config.projection_dim = found.projection_dim
+        return found.text_config
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -90,20 +99,19 @@ class ClipTextEmbedder(NetworkEmbedder):
         )
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:
-        network = self.network()
         tokens = self.tokenizer(
             prompts,
             padding=True,
             truncation=True,
-            max_length=network.config.max_position_embeddings,
+            max_length=self.config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        features: torch.Tensor = network(**tokens).text_embeds
+        features: torch.Tensor = self.network()(**tokens).text_embeds
         return features
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """How many prompts have more tokens than the network reads."""
-        longest = self.network().config.max_position_embeddings
+        longest = self.config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
         return sum(len(row) > longest for row in tokens)
 
