@@ -265,6 +265,28 @@ def test_bars_show_counts_and_shares() -> None:
     assert "NaN" not in html_bars([Bar("nothing", 0)])
 
 
+@pytest.mark.parametrize("changed", [{"k": 1}, {"k": "100%", "method": "random"}])
+def test_one_pair_and_all_pairs_have_a_page_too(
+    folder: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    """A single pair has no entropy, a choice by chance no weights; they lie beside the scores."""
+    select(SelectConfig(scores=folder, out=tmp_path, **changed))
+    text = Balanced(write_report(tmp_path, examples=1).read_text()).text
+    numbers = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert (numbers["objective"]["margin"]["f"] is None) == (changed["k"] == 1)
+    assert "kept the same pairs each time" in text
+    assert sum(point["kept"] for point in numbers["map"]["points"]) == numbers["prompts"]["kept"]
+
+
+def test_a_selection_of_another_version_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    select(SelectConfig(scores=folder, out=tmp_path, k=2))
+    summary = json.loads((tmp_path / "selection.json").read_text())
+    summary["settings"]["temperature"] = 3
+    (tmp_path / "selection.json").write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="run `fifa select` again"):
+        write_report(tmp_path)
+
+
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
