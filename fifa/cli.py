@@ -17,6 +17,7 @@ from fifa.config import Config, InputError, load_config
 
 if TYPE_CHECKING:
     from fifa.bench import Quarter, Share
+    from fifa.sweep import Point
 
 C = TypeVar("C", bound=Config)
 Progress = Callable[[str, int, int], None]
@@ -144,7 +145,9 @@ def score(
     judge: Annotated[
         str | None, typer.Option(help="Judge of text quality: heuristic, local:..., openai:...")
     ] = None,
-    embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Prompts to vectors: tfidf, clip:..., clip_hf:..., ...")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     ray: Annotated[
         str | None, typer.Option(help="Ray cluster to score on: local, auto, or an address.")
@@ -184,6 +187,8 @@ def score(
     )
     for kind, count in summary.rejected.items():
         print(f"  set aside, {count:,} rows: {kind}")
+    if summary.cut:
+        print(f"  {summary.cut:,} prompts are longer than the embedder reads and were cut for it")
     print(f"scores in {summary.out}")
 
 
@@ -230,6 +235,62 @@ def select(
     if summary.agreement is not None:
         print(f"reward and people agree on {summary.agreement:.1%} of the kept")
     print(summary.out / KEPT)
+
+
+@app.command(epilog="Example: `fifa sweep runs/scores --methods importance,greedy,random`")
+def sweep(
+    scores: Annotated[Path, typer.Argument(help="Folder that `fifa score` wrote.")],
+    methods: Annotated[str | None, typer.Option(help="Methods to follow, with commas.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Sizes, with commas: 0.1%,1%,4000.")] = None,
+    alphas: Annotated[str | None, typer.Option(help="Weights of text quality.")] = None,
+    gammas: Annotated[str | None, typer.Option(help="Weights of diversity.")] = None,
+    k: Annotated[str | None, typer.Option("-k", help="Pairs to keep by these weights.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method whose weights are changed.")] = None,
+    grid: Annotated[
+        bool | None, typer.Option("--grid", help="Also every alpha with every gamma.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Draw how the kept set changes with its size and with the weights."""
+    from fifa.sweep import NUMBERS, PICTURE, SweepConfig
+    from fifa.sweep import sweep as run
+
+    given = {
+        "scores": scores,
+        "methods": methods,
+        "sizes": sizes,
+        "alphas": alphas,
+        "gammas": gammas,
+        "k": k,
+        "method": method,
+        "grid": grid,
+        "out": out,
+    }
+    chosen = _config(SweepConfig, config, given, settings)
+    with _progress() as progress:
+        swept = run(chosen, progress)
+    header = ("kept", "prompts", "f(S)", "margin", "quality", "entropy", "reward right", "overlap")
+    size_rows = [(point.method, *_worth(point)) for point in swept.sizes]
+    _table(f"By size, overlap with '{chosen.method}'", ("method", *header), size_rows)
+    weighed = [*swept.alphas, *swept.gammas, *swept.grid]
+    weight_rows = [(f"{p.alpha:g}", f"{p.gamma:g}", *_worth(p)) for p in weighed]
+    _table(f"By weights, '{chosen.method}'", ("alpha", "gamma", *header), weight_rows)
+    for name in (NUMBERS, PICTURE):
+        print((out or scores) / name)
+
+
+def _worth(point: Point) -> tuple[str, ...]:
+    values = (point.f, point.margin, point.quality, point.entropy)
+    terms = ("-" if value is None else f"{value:.3f}" for value in values)
+    return (
+        f"{point.kept:,}",
+        f"{point.prompts:,}",
+        *terms,
+        _share(point.agreement),
+        f"{point.overlap:.3f}",
+    )
 
 
 @app.command(epilog="Example: `fifa report runs/scores`")
@@ -312,13 +373,19 @@ def rewards() -> None:
 
 @app.command()
 def settings() -> None:
-    """List every setting of `convert`, `score` and `select` with its default and meaning."""
+    """List every setting of `convert`, `score`, `select` and `sweep`, its default and meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
     from fifa.scoring.settings import ScoreConfig
     from fifa.sources.convert import ConvertConfig
+    from fifa.sweep import SweepConfig
 
-    kinds = (("convert", ConvertConfig), ("score", ScoreConfig), ("select", SelectConfig))
+    kinds = (
+        ("convert", ConvertConfig),
+        ("score", ScoreConfig),
+        ("select", SelectConfig),
+        ("sweep", SweepConfig),
+    )
     for name, cls in kinds:
         print(f"fifa {name}")
         for setting in describe(cls):

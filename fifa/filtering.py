@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -129,7 +129,6 @@ def select(config: SelectConfig) -> SelectSummary:
     Keeps fewer than wanted where ties, the minimum quality and the cap leave no more. Raises
     InputError if the folder holds no complete scores or the data set has changed since.
     """
-    denied = read_deny_list(config.deny) if config.deny else None
     manifest = read_manifest(config.scores)
     text_only = manifest["pass"]["reward"] == TEXT_ONLY
     if text_only and config.method in NEED_MARGINS:
@@ -138,19 +137,10 @@ def select(config: SelectConfig) -> SelectSummary:
             f"margins; methods that do not are "
             f"{', '.join(name for name in SELECTORS if name not in NEED_MARGINS)}"
         )
-    table = open_data(Path(config.data or manifest["data_path"]), text_only)
-    if table.fingerprint() != manifest["pass"]["data"]:
-        raise InputError(f"{table.path} has changed since {config.scores} was made from it")
+    table = scored_data(config, manifest)
     total = min(manifest["pass"]["limit"] or table.num_rows, table.num_rows)
     wanted = parse_count(config.k, total)
-    scores = read_scores(config.scores)
-    fates = _ruled_out(scores, config)
-    if denied is not None:
-        fates[(fates != TIE) & _denied(table, scores, denied)] = DENIED
-    eligible = np.flatnonzero(fates == "")
-    if len(eligible) == 0:
-        raise InputError(f"no row of {config.scores} can be kept; {_listed(Counter(fates))}")
-    terms = terms_of(scores.take(eligible), _vectors(config.scores, manifest), config)
+    scores, fates, eligible, terms = candidates(config, manifest)
     chosen = _choose(terms, config, wanted, config.method)
     fates[eligible] = _fates(terms, chosen, config.cap)
     kept_rows = scores["row"].to_numpy()[eligible[chosen]]
@@ -162,6 +152,39 @@ def select(config: SelectConfig) -> SelectSummary:
     write_atomic(out / SUMMARY, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     f = {name: values["f"] for name, values in report["objective"].items()}
     return SelectSummary(out, wanted, len(chosen), counts, f, report["agreement"]["kept"])
+
+
+class Candidates(NamedTuple):
+    """Scored rows, and those of them that may be kept."""
+
+    scores: pa.Table  # all scored rows
+    fates: NDArray[np.object_]  # of each scored row that may not be kept, '' of the others
+    eligible: Ints  # places of the others in `scores`
+    terms: Terms  # of the eligible rows, in their order
+
+
+def candidates(config: SelectConfig, manifest: dict[str, Any]) -> Candidates:
+    """What there is to choose from; InputError where no row may be kept."""
+    denied = read_deny_list(config.deny) if config.deny else None
+    scores = read_scores(config.scores)
+    fates = _ruled_out(scores, config)
+    if denied is not None:
+        named = _denied(scored_data(config, manifest), scores, denied)
+        fates[(fates != TIE) & named] = DENIED
+    eligible = np.flatnonzero(fates == "")
+    if len(eligible) == 0:
+        raise InputError(f"no row of {config.scores} can be kept; {_listed(Counter(fates))}")
+    terms = terms_of(scores.take(eligible), _vectors(config.scores, manifest), config)
+    return Candidates(scores, fates, eligible, terms)
+
+
+def scored_data(config: SelectConfig, manifest: dict[str, Any]) -> PairTable | PromptList:
+    """The data set that scores were made from; InputError if it has changed since."""
+    text_only = manifest["pass"]["reward"] == TEXT_ONLY
+    table = open_data(Path(config.data or manifest["data_path"]), text_only)
+    if table.fingerprint() != manifest["pass"]["data"]:
+        raise InputError(f"{table.path} has changed since {config.scores} was made from it")
+    return table
 
 
 def read_scores(folder: Path) -> pa.Table:

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
-        " | selection, bench, denylist | scoring, filtering, report | __init__ | cli | __main__"
+        " | selection, bench, denylist | scoring, filtering, sweep, report"
+        " | __init__ | cli | __main__"
     ),
     "d3po": (
         "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
@@ -64,7 +65,7 @@ SEEDERS = {
 }
 WEIGHT_LIMITS = {"d3po/mini_sd/weights": 25_000_000, "fifa/rewards/weights": 8_000_000}  # bytes
 # what the packages may import beyond install_requires: features that a user asks for by name
-OPTIONAL_EXTRAS = ("trackers", "hub", "ray", "xformers")
+OPTIONAL_EXTRAS = ("trackers", "hub", "ray", "sentence", "xformers")
 # import name -> the package that setup.cfg asks for, where the two differ
 PROVIDED_BY = {
     "PIL": "pillow",

@@ -7,6 +7,7 @@ all shards are there, prompts are embedded and compared and one table is written
     scores.parquet   row, prompt_id, reward_0, reward_1, win (0, 1, -1 for a tie), margin,
                      quality, quality_reason, log_knn
     embeddings-*.npy unit vectors of the distinct prompts, by prompt_id
+    *.sqlite         what judges and text networks answered, kept prompt by prompt
     rejected.jsonl   rows that could not be scored, and why
     manifest.json    what the numbers were made from
 
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +36,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fifa.config import InputError, atomic_path, write_atomic
-from fifa.embed import Vectors, cache_path, embed, load_embedder
+from fifa.embed import STORE, Embedder, Vectors, cache_path, count_cut, embed, load_embedder
 from fifa.judge import CachedJudge, QualityJudge, load_judge
 from fifa.knn import find_neighbours
 from fifa.pairs import PairTable, distinct_prompts
@@ -88,6 +90,7 @@ class ScoreSummary:
     prompts: int  # distinct
     # share of pairs whose winner has the higher reward, ties of the reward half; NaN without pairs
     agreement: float
+    cut: int = 0  # prompts that the embedder did not read to their end
     rejected: dict[str, int] = field(default_factory=dict)  # kind -> rows
     resumed: int = 0  # rows found scored already
 
@@ -115,9 +118,9 @@ def score(
         team.wait()
         _score_groups(scorer, groups, progress, team)
         _await_others(scorer, groups, progress)
-        table, rejected = _finish(config, manifest, groups, progress)
+        table, cut, rejected = _finish(config, manifest, groups, progress)
     resumed = sum(scorer.rows(i) for i in there)
-    return _summary(config, table, rejected, scorer.total, resumed)
+    return _summary(config, table, cut, rejected, scorer.total, resumed)
 
 
 def score_share(config: ScoreConfig, team: Team) -> None:
@@ -151,11 +154,11 @@ def open_data(path: Path, text_only: bool) -> PairTable | PromptList:
     return PairTable.open(path)
 
 
-S = TypeVar("S", Reward, QualityJudge)
+S = TypeVar("S", Reward, QualityJudge, Embedder)
 
 
 def _on(scorer: S, device: str, kind: str = "reward") -> S:
-    """The reward or judge with its network, if it has one, on the device."""
+    """The reward, judge or embedder with its network, if it has one, on the device."""
     if hasattr(scorer, "to"):
         try:
             scorer.to(device)
@@ -214,7 +217,7 @@ def _manifest(config: ScoreConfig, scorer: GroupScorer) -> dict[str, Any]:
         "max_pixels": config.max_pixels,
     }
     then = {
-        "embedder": load_embedder(config.embedder).name,
+        "embedder": load_embedder(config.embedder, **config.embedder_args).name,
         "neighbours": config.neighbours,
         "floor": config.floor,
         "index": config.index,
@@ -279,8 +282,11 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 def _finish(
     config: ScoreConfig, manifest: dict[str, Any], groups: Sequence[int], progress: Progress
-) -> tuple[pa.Table, Counter[str]]:
-    """Join the shards, embed and compare the prompts, write the table; it and the rejections."""
+) -> tuple[pa.Table, int, Counter[str]]:
+    """Join the shards, embed and compare the prompts, write the table.
+
+    Returns it, how many prompts the embedder did not read to their end, and the rejections.
+    """
     out = config.out
     rejected = b"".join(rejected_path(out, i).read_bytes() for i in groups)
     write_atomic(out / REJECTED, rejected)
@@ -290,8 +296,11 @@ def _finish(
         raise InputError(f"not one row of {config.data} can be scored; {reasons[0]['reason']}")
     prompts, ids = distinct_prompts(shards["caption"].to_pylist())
     progress("embedding prompts", 0, len(prompts))
-    embedder = load_embedder(config.embedder)
-    vectors = embed(prompts, embedder, cache=out)
+    embedder = load_embedder(config.embedder, **config.embedder_args)
+    store = config.embedding_store or out / STORE
+    told = partial(progress, "embedding prompts")
+    vectors = embed(prompts, _on(embedder, config.device, "embedder"), out, store, told)
+    cut = count_cut(prompts, embedder)
     progress("comparing prompts", 0, len(prompts))
     diversity, found = _log_knn(vectors, config)
     progress("comparing prompts", len(prompts), len(prompts))
@@ -300,12 +309,12 @@ def _finish(
         pq.write_table(table, temporary)
     complete = {
         **manifest,
-        "prompts": {**manifest["prompts"], **found},
+        "prompts": {**manifest["prompts"], **found, "cut": cut},
         "embeddings": cache_path(prompts, embedder, out).name,
         "complete": True,
     }
     write_atomic(out / MANIFEST, _json(complete))
-    return table, Counter(reason["kind"] for reason in reasons)
+    return table, cut, Counter(reason["kind"] for reason in reasons)
 
 
 def _log_knn(vectors: Vectors, config: ScoreConfig) -> tuple[NDArray[np.float64], dict[str, Any]]:
@@ -333,7 +342,12 @@ def _joined(shards: pa.Table, ids: NDArray[np.int64], diversity: NDArray[np.floa
 
 
 def _summary(
-    config: ScoreConfig, table: pa.Table, rejected: Counter[str], total: int, resumed: int
+    config: ScoreConfig,
+    table: pa.Table,
+    cut: int,
+    rejected: Counter[str],
+    total: int,
+    resumed: int,
 ) -> ScoreSummary:
     margin = table["margin"].drop_null().to_numpy()
     ties = int((table["win"].to_numpy() == WIN["tie"]).sum())
@@ -345,6 +359,7 @@ def _summary(
         ties=ties,
         prompts=int(table["prompt_id"].to_numpy().max()) + 1,
         agreement=agreement,
+        cut=cut,
         rejected=dict(sorted(rejected.items())),
         resumed=resumed,
     )

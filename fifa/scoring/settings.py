@@ -36,7 +36,17 @@ class ScoreConfig(Config):
         "openai:<model>@<base url>.",
     )
     judge_args: dict[str, Any] = Field({}, description="Arguments of the judge's factory.")
-    embedder: str = Field("tfidf", description="Prompts to vectors: tfidf, clip:<model>:<weights>.")
+    embedder: str = Field(
+        "tfidf",
+        description="Prompts to vectors: tfidf, clip:<model>:<weights>, clip_hf:<model>, "
+        "sentence:<model>.",
+    )
+    embedder_args: dict[str, Any] = Field({}, description="Arguments of the embedder's factory.")
+    embedding_store: Path | None = Field(
+        None,
+        description="SQLite file that keeps the vectors of text networks prompt by prompt, for "
+        "several passes; default: one in `out`.",
+    )
     neighbours: int = Field(
         5, ge=1, description="k of the k-th nearest prompt whose log distance is recorded."
     )
@@ -51,7 +61,8 @@ class ScoreConfig(Config):
         0.98, gt=0, lt=1, description="Share of true neighbours that ivf and hnsw look for."
     )
     device: str = Field(
-        "cpu", description="Where the networks of reward and local judge run, such as cuda."
+        "cpu",
+        description="Where the networks of reward, local judge and embedder run, such as cuda.",
     )
     batch_size: int = Field(128, ge=2, description="Images decoded and scored at once.")
     limit: int | None = Field(None, ge=1, description="Score only the first rows, this many.")
