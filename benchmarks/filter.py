@@ -22,7 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,11 +53,12 @@ class Size:
     prompts: int = 60_000
     dim: int = 768
     keep: int = 5_000
+    stepwise: int = 20_000  # prompts that exact greedy without bounds is run on, at equal shares
     indexed: int = 50_000  # rows that all indexes are tried on
     many: int = 1_000_000  # rows for the approximate index
 
 
-SMALL = Size(pairs=20_000, prompts=1_500, dim=64, keep=100, indexed=1_500, many=5_000)
+SMALL = Size(20_000, 1_500, dim=64, keep=100, stepwise=1_000, indexed=1_500, many=5_000)
 NEIGHBOURS = 5
 
 
@@ -121,7 +123,7 @@ def product_seconds(x: np.ndarray, rows: int) -> float:
         lambda block: tensor[block] @ tensor.T,
     )
     fastest = min(products, key=lambda product: timed(lambda: product(blocks[0]))[1])
-    return timed(lambda: [fastest(block) for block in blocks])[1]
+    return sum(timed(partial(fastest, block))[1] for block in blocks)
 
 
 def eager_greedy(terms: Terms, k: int) -> np.ndarray:
@@ -208,6 +210,13 @@ def flat_search(x: np.ndarray, rows: int) -> float:
 
 def greedy(size: Size) -> dict[str, Any]:
     """f(S) and time of every method, beside exact greedy without bounds."""
+    share = size.stepwise / size.prompts
+    size = replace(
+        size,
+        prompts=size.stepwise,
+        pairs=round(size.pairs * share),
+        keep=round(size.keep * share),
+    )
     x = embeddings(size.prompts, size.dim)
     terms = terms_from(size, x, np.log(nearest(x, NEIGHBOURS)[0][:, -1]))
     methods: dict[str, Callable[[], np.ndarray]] = {
@@ -217,7 +226,7 @@ def greedy(size: Size) -> dict[str, Any]:
     }
     for name in SELECTORS:
         if name not in ("greedy", "stochastic"):
-            methods[name] = lambda name=name: SELECTORS[name].choose(terms, size.keep, 1, 0)  # type: ignore[misc]
+            methods[name] = partial(SELECTORS[name].choose, terms, size.keep, 1, 0)
     rows, sets = {}, {}
     for name, choose in methods.items():
         sets[name], seconds = timed(choose)
@@ -229,7 +238,11 @@ def greedy(size: Size) -> dict[str, Any]:
             row["seconds"] / exact["seconds"],
         )
     same = sets["lazy greedy"] == sets["exact greedy without bounds"]
-    return {"methods": rows, "lazy picks equal to exact": float(same.mean())}
+    return {
+        "size": asdict(size),
+        "methods": rows,
+        "lazy picks equal to exact": float(same.mean()),
+    }
 
 
 def indexes(size: Size) -> dict[str, Any]:
@@ -238,7 +251,7 @@ def indexes(size: Size) -> dict[str, Any]:
     exact, seconds = timed(lambda: nearest(x, NEIGHBOURS)[0])
     rows: dict[str, Any] = {"exact": {"seconds": seconds, "recall": 1.0}}
     for index in ("ivf", "hnsw"):
-        found, seconds = timed(lambda index=index: find_neighbours(x, NEIGHBOURS, index))  # type: ignore[misc]
+        found, seconds = timed(partial(find_neighbours, x, NEIGHBOURS, index))
         rows[index] = {
             "seconds": seconds,
             "recall": recall(found.distances, exact),
@@ -296,7 +309,7 @@ def run_part(name: str, small: bool) -> dict[str, Any]:
     before = os.getloadavg()[0]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
-        sys.exit(f"part {name} failed:\n{ended.stderr}")
+        sys.exit(f"part {name} ended with {ended.returncode}:\n{ended.stderr}")
     busy = {"before": before, "after": os.getloadavg()[0]}
     return {**json.loads(ended.stdout), "other work on the machine, load average": busy}
 

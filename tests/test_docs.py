@@ -26,6 +26,7 @@ SMALLER = {
     r"--rows \d+": "--rows 800",
     r"--prompts \d+": "--prompts 2",
     r"--seeds 0 1 2": "--seeds 0",
+    r"(benchmarks/filter\.py)": r"\1 --small",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",
     r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fifa.filtering import CHOSEN, FULL, LOWER, POOR, TIE, UNJUDGED
+from fifa.filtering import CHOSEN, DENIED, FULL, LOWER, POOR, TIE, UNJUDGED
 from fifa.images import decode
 from fifa.pairs import PairTable
 from fifa.report.page import Card, Picture, Section, finite, html_images
@@ -18,6 +18,7 @@ SHOWN = (
     (LOWER, "Dropped: lowest importance first", "ascending"),
     (FULL, "Dropped although important: their prompts had their share", "descending"),
     (POOR, "Dropped: text below the minimum", "row"),
+    (DENIED, "Dropped: on the deny list", "row"),
     (UNJUDGED, "Dropped: text without a score", "row"),
     (TIE, "Dropped: ties, from which no preference can be learned", "row"),
 )
