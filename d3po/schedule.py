@@ -96,8 +96,8 @@ class NoiseSchedule:
         """The schedule that `DDIMScheduler.from_config(scheduler.config)` would sample with.
 
         Any diffusers scheduler over discrete times will do; only its config is read. Clipping of
-        x0 is never applied, as in StableDiffusionPipeline. Raises InputError for thresholding and
-        for schedules that are not of the DDPM kind, such as flow matching.
+        x0 is never applied, as in StableDiffusionPipeline. Raises InputError for thresholding, for
+        predicted noise at zero SNR, and for schedules that are not of the DDPM kind.
         """
         from diffusers import DDIMScheduler
 
@@ -113,6 +113,11 @@ class NoiseSchedule:
         if config.get("thresholding", False):
             raise InputError(f"{name}: thresholding=True is not supported, it has no log-density")
         ddim = DDIMScheduler.from_config(scheduler.config)
+        if prediction == "epsilon" and float(ddim.alphas_cumprod.min()) <= 0:
+            raise InputError(
+                f"{name}: at zero terminal SNR the predicted noise says nothing of the picture;"
+                " rescale_betas_zero_snr goes with prediction_type v_prediction or sample"
+            )
         return cls(
             alphas_cumprod=ddim.alphas_cumprod.double(),
             prediction=prediction,

@@ -1,0 +1,193 @@
+"""Loading a family, what is refused, and guidance."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d3po import families
+from d3po.families import FAMILIES, guided, load_family
+from fifa.config import InputError
+
+PROMPTS = ["a red circle above a blue square", "", "two small green triangles"]
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_images_of_a_wrong_shape_are_refused(tiny_sd: Path) -> None:
+    family = load_family(tiny_sd)
+    for shape in [(3, 64, 64), (1, 1, 64, 64), (1, 3, 60, 64)]:
+        with pytest.raises(InputError, match="multiples of 8"):
+            family.encode_images(torch.zeros(shape))
+
+
+def test_long_prompts_are_cut_not_refused(tiny_sd: Path) -> None:
+    family = load_family(tiny_sd)
+    assert family.encode_text(["circle " * 100]).tensors["text"].shape == (1, 16, 16)
+
+
+def test_half_precision_networks_take_and_give_float32(tiny_sd: Path) -> None:
+    family = load_family(tiny_sd, torch.bfloat16)
+    assert family.denoiser.dtype == torch.bfloat16
+    x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    pred = family.predict(family.denoiser, x_t, t, family.encode_text([""]))
+    assert pred.dtype == torch.float32
+    assert family.encode_images(images(1)).dtype == torch.float32
+    assert family.decode(x_t).dtype == torch.float32
+
+
+# ---- guidance -----------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """The network itself, with its calls counted, as a wrapper such as DDP would sit around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, *args: Any) -> Any:
+        self.batches.append(len(x))
+        return self.module(x, *args)
+
+
+@torch.no_grad()
+def test_guidance_is_its_formula_in_one_doubled_forward(tiny_sd: Path) -> None:
+    family = load_family(tiny_sd)
+    network = Counted(family.denoiser)
+    cond, uncond = family.encode_text(PROMPTS), family.encode_text([""])
+    x_t, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999])
+    got = guided(family, network, cond, uncond, 5.0)(x_t, t)
+    assert network.batches == [6]
+    with_text = family.predict(family.denoiser, x_t, t, cond)
+    without = family.predict(family.denoiser, x_t, t, uncond.expand(len(cond)))
+    torch.testing.assert_close(got, without + 5 * (with_text - without), rtol=0, atol=1e-5)
+    each = guided(family, network, cond, uncond.expand(len(cond)), 5.0)(x_t, t)
+    assert torch.equal(each, got)
+
+
+@torch.no_grad()
+def test_scale_one_is_the_plain_network_at_half_the_work(tiny_sd: Path) -> None:
+    family = load_family(tiny_sd)
+    network = Counted(family.denoiser)
+    cond, uncond = family.encode_text(PROMPTS), family.encode_text([""])
+    x_t, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999])
+    got = guided(family, network, cond, uncond, 1.0)(x_t, t)
+    assert network.batches == [3]
+    assert torch.equal(got, family.predict(family.denoiser, x_t, t, cond))
+
+
+def test_guidance_without_the_empty_prompt_is_refused(tiny_sd: Path) -> None:
+    family = load_family(tiny_sd)
+    with pytest.raises(InputError, match="empty prompt"):
+        guided(family, family.denoiser, family.encode_text(["a"]), None, 5.0)
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def test_every_family_in_the_table_exists() -> None:
+    import importlib
+
+    for place in FAMILIES.values():
+        module, name = place.split(":")
+        assert callable(getattr(importlib.import_module(module), name).load)
+
+
+def test_a_missing_mini_model_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "MINI", tmp_path / "weights")
+    with pytest.raises(InputError, match="mini model's weights are not in this installation"):
+        load_family("mini")
+
+
+def test_mini_is_a_folder_like_any_other(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "MINI", tiny_sd)
+    assert load_family("mini").latent_shape == (4, 8, 8)
+
+
+def test_a_folder_that_is_no_model_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no model_index\.json"):
+        load_family(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match="does not name a pipeline"):
+        load_family(tmp_path)
+
+
+def test_a_pipeline_without_a_family_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(InputError, match=r"KandinskyPipeline; supported are StableDiffusion"):
+        load_family(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named(part: str, tiny_sd: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_sd, broken)
+    shutil.rmtree(broken / part)
+    with pytest.raises(InputError, match=f"no usable {part}") as caught:
+        load_family(broken)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_part_that_was_cut_short_is_named(file: str, tiny_sd: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_sd, broken)
+    content = (broken / file).read_bytes()
+    (broken / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"no usable {file.split('/')[0]}") as caught:
+        load_family(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    assert load_family(folder).encode_text(["a star"]).tensors["text"].shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("model", ["somebody/some-model", "runs/not/there", "/not/there"])
+def test_offline_a_model_that_is_not_here_is_one_sentence(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=f"model {model}: .*diffusers folder.*") as caught:
+        load_family(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_with_more_inputs_than_latents_are_refused(
+    make_tiny_sd: Callable[..., Path],
+) -> None:
+    folder = make_tiny_sd("inpainting")
+    other = make_tiny_sd("wide", latent_channels=8)
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(other / "vae", folder / "vae")
+    with pytest.raises(InputError, match="takes 4 channels, the VAE has 8"):
+        load_family(folder)
