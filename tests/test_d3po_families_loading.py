@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 from torch import Tensor, nn
 
 from d3po import families
-from d3po.families import FAMILIES, guided, load_family
+from d3po.families import FAMILIES, FamilyConfig, guided, load_family
 from fifa.config import InputError
 
 PROMPTS = ["a red circle above a blue square", "", "two small green triangles"]
@@ -190,4 +191,77 @@ def test_models_with_more_inputs_than_latents_are_refused(
     shutil.rmtree(folder / "vae")
     shutil.copytree(other / "vae", folder / "vae")
     with pytest.raises(InputError, match="takes 4 channels, the VAE has 8"):
+        load_family(folder)
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd3", "flux"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of each other class."""
+    folder = tmp_path_factory.mktemp("others") / request.param
+    return tiny_pipelines.save(getattr(tiny_pipelines, request.param), folder)
+
+
+@torch.no_grad()
+def test_pictures_may_have_another_size_in_whole_patches(other: Path) -> None:
+    family = load_family(other, config=FamilyConfig(image_size=32))
+    assert family.latent_shape[1:] == (4, 4)
+    assert family.image_size == 32
+    x_t, cond = torch.randn(2, *family.latent_shape), family.encode_text(PROMPTS[:2])
+    t = family.schedule.grid(2, 0.0).times[[0, 0]]
+    assert family.predict(family.denoiser, x_t, t, cond).shape == x_t.shape
+    assert family.decode(x_t).shape == (2, 3, 32, 32)
+    with pytest.raises(InputError, match=r"family\.image_size is 72, .* a multiple of 16"):
+        load_family(other, config=FamilyConfig(image_size=72))
+
+
+def test_sd3_has_positions_for_so_many_pixels(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.sd3, tmp_path / "sd3")
+    assert load_family(folder, config=FamilyConfig(image_size=128)).latent_shape[1] == 16
+    with pytest.raises(InputError, match="positions for 128 at most"):
+        load_family(folder, config=FamilyConfig(image_size=144))
+
+
+def test_t5_is_left_out_when_asked(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.sd3, tmp_path / "sd3")
+    with_t5, without = (load_family(folder, config=FamilyConfig(t5=t5)) for t5 in (True, False))
+    whole, short = (one.encode_text(["a star"]).tensors["text"] for one in (with_t5, without))
+    assert whole.shape == short.shape
+    assert torch.equal(whole[:, :16], short[:, :16])
+    assert not short[:, 16:].any()
+    assert whole[:, 16:].any()
+
+
+def test_a_vae_that_overflows_stays_in_float32(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.sdxl, tmp_path / "sdxl")
+    family: Any = load_family(folder, torch.float16)
+    assert family.vae.dtype == torch.float32
+    assert family.denoiser.dtype == family.text_encoder_2.dtype == torch.float16
+    assert load_family(folder, torch.bfloat16).vae.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    config = folder / "vae" / "config.json"
+    fixed = {**json.loads(config.read_text()), "force_upcast": False}
+    config.write_text(json.dumps(fixed))
+    assert load_family(folder, torch.float16).vae.dtype == torch.float16  # type: ignore[attr-defined]
+
+
+def test_flux_is_told_how_strong_guidance_is_to_look(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.flux, tmp_path / "flux")
+    outputs = []
+    for strength in (3.5, 3.5, 7.0):
+        family = load_family(folder, config=FamilyConfig(image_size=64, embedded_guidance=strength))
+        x_t = torch.ones(1, *family.latent_shape)
+        cond, t = family.encode_text(["a star"]), torch.tensor([500.0])
+        with torch.no_grad():
+            outputs.append(family.predict(family.denoiser, x_t, t, cond))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_the_wrong_tokenizer_of_t5_is_refused(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.flux, tmp_path / "flux")
+    shutil.rmtree(folder / "tokenizer_2")
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    with pytest.raises(InputError, match="no usable tokenizer"):
         load_family(folder)
