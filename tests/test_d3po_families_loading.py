@@ -232,6 +232,8 @@ def test_t5_is_left_out_when_asked(tmp_path: Path) -> None:
     assert torch.equal(whole[:, :16], short[:, :16])
     assert not short[:, 16:].any()
     assert whole[:, 16:].any()
+    fewer = load_family(folder, config=FamilyConfig(t5_tokens=20))
+    assert fewer.encode_text(["a star"]).tensors["text"].shape[1] == 16 + 20
 
 
 def test_a_vae_that_overflows_stays_in_float32(tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ class FamilyConfig(Config):
         description="Load the third text encoder of SD3, 9.5 GB in half precision; zeros stand in "
         "for it otherwise.",
     )
+    t5_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="Tokens of T5 a prompt, for SD3 and FLUX; null: 256 and 512, as their "
+        "pipelines do. A prompt's conditioning in a cache is as long.",
+    )
     embedded_guidance: float = Field(
         3.5,
         ge=0,

@@ -48,6 +48,7 @@ class Flux(PipelineFamily):
         schedule: FlowSchedule,
         latent_shape: tuple[int, int, int],
         embedded_guidance: float,
+        t5_tokens: int = T5_TOKENS,
     ) -> None:
         check_vocabulary(name, tokenizers[0], text_encoder)
         check_vocabulary(name, tokenizers[1], text_encoder_2, T5_PADDING)
@@ -55,6 +56,7 @@ class Flux(PipelineFamily):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.embedded_guidance = embedded_guidance
+        self.t5_tokens = t5_tokens
         super().__init__(name, vae, denoiser, schedule, latent_shape)
 
     @classmethod
@@ -94,14 +96,15 @@ class Flux(PipelineFamily):
             schedule=FlowSchedule.from_diffusers(parts["scheduler"], tokens, last=None),
             latent_shape=(transformer.config.in_channels // PATCH**2, side, side),
             embedded_guidance=config.embedded_guidance,
+            t5_tokens=config.t5_tokens or T5_TOKENS,
         )
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """text (N, 512, D): T5's last hidden states; pooled (N, E): CLIP's pooled output."""
+        """text (N, T, D): T5's last hidden states; pooled (N, E): CLIP's pooled output."""
         tokens = clip_tokens(self.tokenizers[0], self.text_encoder, prompts)
         pooled = self.text_encoder(tokens.input_ids).pooler_output
-        text = t5_states(self.tokenizers[1], self.text_encoder_2, prompts, T5_TOKENS)
+        text = t5_states(self.tokenizers[1], self.text_encoder_2, prompts, self.t5_tokens)
         return Conditioning({"text": text, "pooled": pooled.to(text.dtype)})
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -23,7 +23,7 @@ from d3po.families.pipeline import (
 from d3po.schedule import FlowSchedule
 from fifa.config import InputError
 
-T5_TOKENS = 256  # StableDiffusion3Pipeline's default; also the number of zeros without T5
+T5_TOKENS = 256  # StableDiffusion3Pipeline's default
 T5_PADDING = 128  # T5's embedding table is padded to a multiple of it
 
 
@@ -47,6 +47,7 @@ class StableDiffusion3(PipelineFamily):
         denoiser: Any,
         schedule: FlowSchedule,
         latent_shape: tuple[int, int, int],
+        t5_tokens: int = T5_TOKENS,
     ) -> None:
         encoders = (text_encoder, text_encoder_2, text_encoder_3)
         for tokenizer, encoder, padding in zip(
@@ -57,6 +58,7 @@ class StableDiffusion3(PipelineFamily):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.text_encoder_3 = text_encoder_3
+        self.t5_tokens = t5_tokens
         super().__init__(name, vae, denoiser, schedule, latent_shape)
 
     @classmethod
@@ -102,19 +104,20 @@ class StableDiffusion3(PipelineFamily):
             denoiser=transformer.to(device),
             schedule=FlowSchedule.from_diffusers(scheduler, tokens, last=scheduler.sigma_min),
             latent_shape=shape,
+            t5_tokens=config.t5_tokens or T5_TOKENS,
         )
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """text (N, L + 256, D): CLIP's states, zeros up to D, then T5's; pooled (N, E1 + E2)."""
+        """text (N, L + T, D): CLIP's states, zeros up to D, then T5's; pooled (N, E1 + E2)."""
         one, pooled_one = clip_penultimate(self.tokenizers[0], self.text_encoder, prompts)
         two, pooled_two = clip_penultimate(self.tokenizers[1], self.text_encoder_2, prompts)
         clip = torch.cat([one, two], -1)
         width = self.denoiser.config.joint_attention_dim
         if self.text_encoder_3 is None:
-            t5 = clip.new_zeros(len(prompts), T5_TOKENS, width)
+            t5 = clip.new_zeros(len(prompts), self.t5_tokens, width)
         else:
-            t5 = t5_states(self.tokenizers[2], self.text_encoder_3, prompts, T5_TOKENS)
+            t5 = t5_states(self.tokenizers[2], self.text_encoder_3, prompts, self.t5_tokens)
         text = torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], -2)
         return Conditioning({"text": text, "pooled": torch.cat([pooled_one, pooled_two], -1)})
 
