@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
+from diffusers import DiffusionPipeline
+from original_names import one_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d3po import families
@@ -267,3 +270,66 @@ def test_the_wrong_tokenizer_of_t5_is_refused(tmp_path: Path) -> None:
     shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
     with pytest.raises(InputError, match="no usable tokenizer"):
         load_family(folder)
+
+
+# ---- one file -----------------------------------------------------------------------------------
+
+
+def without_weights(folder: Path, to: Path) -> Path:
+    """What a Hub repository of configs holds: everything but the weights."""
+    return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_one_file_is_the_same_family_as_its_folder(
+    kind: str, tiny_sd: Path, tmp_path: Path
+) -> None:
+    folder = tiny_sd
+    if kind == "sdxl":
+        folder = tiny_pipelines.save(tiny_pipelines.sdxl, tmp_path / "sdxl")
+    file = one_file(DiffusionPipeline.from_pretrained(folder), tmp_path / "model.safetensors")
+    configs = str(without_weights(folder, tmp_path / "configs"))
+    family = load_family(file, config=FamilyConfig(description=configs))
+    same: Any = load_family(folder)
+    assert family.name == str(file)
+    for name, part in vars(same).items():
+        if isinstance(part, nn.Module):
+            found = getattr(family, name)
+            assert not any(p.requires_grad for p in found.parameters())
+            for key, tensor in part.state_dict().items():
+                assert torch.equal(found.state_dict()[key], tensor), f"{name}.{key}"
+    grids = [one.schedule.grid(5, 1.0) for one in (family, same)]
+    assert torch.equal(grids[0].to_x0, grids[1].to_x0)
+    texts = [one.encode_text(PROMPTS) for one in (family, same)]
+    assert torch.equal(texts[0].tensors["text"], texts[1].tensors["text"])
+    assert (
+        load_family(file, torch.bfloat16, config=FamilyConfig(description=configs)).denoiser.dtype
+        == torch.bfloat16
+    )
+
+
+def test_one_file_says_what_kind_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    mark = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+    keys = {"stable-diffusion-v1-5": "anything", "stable-diffusion-xl-base-1.0": mark}
+    for name, key in keys.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_file({key: torch.zeros(1)}, file)
+        # recognised; its configs would have to come from the Hub
+        with pytest.raises(InputError, match=rf"{name}: .*family\.description"):
+            load_family(file)
+
+
+def test_a_file_that_is_no_model_is_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
+    missing, broken, other = (tmp_path / f"{name}.safetensors" for name in ("no", "cut", "other"))
+    broken.write_bytes(b"nothing")
+    save_file({"a": torch.zeros(1)}, other)
+    for file in (missing, broken, other):
+        with pytest.raises(InputError, match=f"{file.name}") as caught:
+            load_family(file, config=FamilyConfig(description=str(tiny_sd)))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"no\.safetensors"):
+        load_family(missing)

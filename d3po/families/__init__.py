@@ -178,6 +178,8 @@ def find_source(model: str | Path, description: str | None = None) -> Source:
             )
         name = str(MINI)
     if name.endswith(".safetensors"):
+        if not Path(name).is_file():
+            raise InputError(f"model {name}: there is no such file")
         description = description or _recognised(Path(name))
         return Source(name, _index(description), description)
     return Source(name, _index(name))
@@ -191,8 +193,8 @@ def _recognised(file: Path) -> str:
     try:
         with safe_open(file, "pt") as weights:  # shapes stand in the header
             shapes = {
-                key: torch.empty(weights.get_slice(key).get_shape(), device="meta")
-                for key in weights.keys()  # noqa: SIM118 - not a dict
+                name: torch.empty(weights.get_slice(name).get_shape(), device="meta")
+                for name in list(weights.keys())
             }
     except UNREADABLE as error:
         raise InputError(f"model {file}: {first_line(error)}") from None
@@ -228,6 +230,7 @@ def _hub_file(model: str, name: str) -> Path:
     except OSError as error:
         reason = first_line(error)
     raise InputError(
-        f"model {model}: {reason} (give 'mini', the path of a diffusers folder, or a Hub id;"
-        f" offline, a Hub id works after one 'hf download {model}')"
+        f"model {model}: {reason} (give 'mini', the path of a diffusers folder, a Hub id, or one"
+        " safetensors file with its diffusers folder or Hub id as family.description; offline, a"
+        f" Hub id works after one 'hf download {model}')"
     )

@@ -48,6 +48,7 @@ class Source:
 
     def _of_one_file(self, classes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         import diffusers
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
 
         pipeline = getattr(diffusers, self.index["_class_name"])
         unwanted = {
@@ -57,7 +58,7 @@ class Source:
             pipe = pipeline.from_single_file(
                 self.name, config=self.description, torch_dtype=dtype, **unwanted
             )
-        except (*UNREADABLE, KeyError, AttributeError) as error:
+        except (*UNREADABLE, SingleFileComponentError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{self.name} does not hold the parts of {self.description}: {first_line(error)}"
             ) from error
