@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from d3po.sampling import Predict, Reduce, step_logp
-from d3po.schedule import NoiseSchedule, TimeGrid
+from d3po.schedule import Schedule, TimeGrid
 from fifa.config import InputError
 
 
 def path_logp(
     predict: Predict,
     grid: TimeGrid,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     latents: Tensor,
     steps: Tensor,
     reduce: Reduce = "mean",
@@ -48,7 +48,7 @@ def path_logp(
 
 def renoise_logp(
     predict: Predict,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x0: Tensor,
     noise: Tensor,
     t: Tensor,
@@ -56,10 +56,11 @@ def renoise_logp(
 ) -> Tensor:
     """-1/2 ||target - pred||^2 at fresh noise, (B, S) (Diffusion-DPO, Wallace et al. 2023, eq. 14).
 
-    x0 (B, C, H, W) clean latents, noise (B, S, C, H, W), t (B, S) long. The target is the noise,
-    or v for a v-prediction network. It is the log-density of N(target; pred, I) without its
-    constant, so `dpo(..., beta)` on "mean" values is the published loss at the published beta
-    (2000 to 5000): inside = -beta/2 * ((mse_w - mse_l)_policy - (mse_w - mse_l)_ref).
+    x0 (B, C, H, W) clean latents, noise (B, S, C, H, W), t (B, S) of the schedule's `time_dtype`.
+    The target is the noise, v for a v-prediction network, the velocity for a flow. It is the
+    log-density of N(target; pred, I) without its constant, so `dpo(..., beta)` on "mean" values is
+    the published loss at the published beta (2000 to 5000):
+    inside = -beta/2 * ((mse_w - mse_l)_policy - (mse_w - mse_l)_ref).
     The two images of a pair share t and noise, policy and reference too: what is compared is the
     images, not the draws.
     """

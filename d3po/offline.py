@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
+from d3po.families.conditioning import Conditioning
 from d3po.generate import encode_prompts
 from d3po.likelihood import renoise_logp
 from d3po.run import Run
@@ -90,7 +91,7 @@ class PairCache:
     win: NDArray[Any]  # (Q, C, h, w) latents
     lose: NDArray[Any]  # (Q, C, h, w)
     prompt: NDArray[np.int64]  # (Q,) row of `cond`
-    cond: NDArray[Any]  # (U, L, D); row 0 is the empty prompt
+    cond: Mapping[str, NDArray[Any]]  # conditioning by name, U rows; row 0 is the empty prompt
     summary: Mapping[str, Any]  # what became of the table's rows
 
     @classmethod
@@ -103,7 +104,18 @@ class PairCache:
             name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=tuple(shape))
             for name, (dtype, shape) in summary["arrays"].items()
         }
-        return cls(folder=folder, summary=summary, **arrays)
+        cond = {
+            name.removeprefix("cond."): arrays.pop(name)
+            for name in list(arrays)
+            if name.startswith("cond.")
+        }
+        return cls(folder=folder, summary=summary, cond=cond, **arrays)
+
+    def conditioning(self, rows: Sequence[int]) -> Conditioning:
+        """Rows of `cond`, float32."""
+        return Conditioning(
+            {name: torch.from_numpy(array[rows]).float() for name, array in self.cond.items()}
+        )
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -268,16 +280,17 @@ class _CacheWriter:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         prompts = list(self.prompts)
-        text: tuple[int, ...] = (0,)
+        shapes: dict[str, tuple[int, ...]] = {}
         for start in range(0, len(prompts), 64):
             cond = encode_prompts(self.family, prompts[start : start + 64])
-            text = tuple(cond.shape[1:])
-            self._append("cond", _numbers(cond, self.dtype))
+            for name, tensor in cond.tensors.items():
+                shapes[f"cond.{name}"] = tuple(tensor.shape[1:])
+                self._append(f"cond.{name}", _numbers(tensor, self.dtype))
         arrays = {
             "win": (self.dtype.name, (self.count, *self.family.latent_shape)),
             "lose": (self.dtype.name, (self.count, *self.family.latent_shape)),
             "prompt": ("int64", (self.count,)),
-            "cond": (self.dtype.name, (len(prompts), *text)),
+            **{name: (self.dtype.name, (len(prompts), *own)) for name, own in shapes.items()},
         }
         note = json.dumps({**summary, "arrays": arrays}, indent=1) + "\n"
         (self.folder / "summary.json").write_text(note, encoding="utf-8")
@@ -358,25 +371,23 @@ class OfflineSource:
         device = self.run.device
         rows = np.array([row for _, row in pairs])
         x0 = torch.from_numpy(np.concatenate([self.cache.win[rows], self.cache.lose[rows]]))
-        cond = torch.from_numpy(self.cache.cond[[self._prompt(*pair) for pair in pairs]])
+        cond = self.cache.conditioning([self._prompt(*pair) for pair in pairs])
         noise = image_noise([self._seed("noise", *p) for p in pairs], self.family.latent_shape, 0)
         times = [self._time(*pair) for pair in pairs]
-        predict = guided(self.family, denoiser, cond.float().repeat(2, 1, 1).to(device))
+        predict = guided(self.family, denoiser, cond.repeat(2).to(device))
         return renoise_logp(
             predict,
             self.family.schedule,
             x0.float().to(device),
             noise.repeat(2, 1, 1, 1)[:, None].to(device),
-            torch.tensor(times * 2)[:, None],
+            torch.tensor(times * 2, dtype=self.family.schedule.time_dtype)[:, None],
             self.reduce,
         )
 
-    def _time(self, epoch: int, row: int) -> int:
+    def _time(self, epoch: int, row: int) -> float:
         """A time of the schedule, uniform over the part that is trained on."""
-        count = len(self.family.schedule)
-        low, high = (round(share * count) for share in self.config.noise)
-        low = min(low, count - 1)  # a part narrower than a time is its nearest one
-        return low + self._seed("time", epoch, row) % max(1, high - low)
+        draw = self._seed("time", epoch, row)
+        return self.family.schedule.random_time(draw, self.config.noise)
 
     def _prompt(self, epoch: int, row: int) -> int:
         """Row of `cond`: the pair's prompt, or with probability empty_prompts 0, the empty one."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
+from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.likelihood import path_logp
 from d3po.policy import Policy
@@ -236,7 +237,7 @@ class Block:
     """Judged groups that go through the network together: B images, Q pairs among them."""
 
     latents: Tensor  # (B, T+1, C, h, w)
-    cond: Tensor  # (B, L, D)
+    cond: Conditioning  # B rows
     win: Tensor  # (Q,) long, rows of this block
     lose: Tensor  # (Q,)
     ref: Tensor  # (B, T) log-probabilities under the reference, NaN where nobody will look
@@ -249,7 +250,7 @@ class Rollout:
     places: Sequence[Place]
     prompts: Sequence[str]  # (N,)
     latents: Tensor  # (N, T+1, C, h, w)
-    cond: Tensor  # (N, L, D)
+    cond: Conditioning  # N rows
     images: Tensor  # (N, 3, H, W)
 
 
@@ -316,7 +317,7 @@ class OnlineSource:
             places,
             [order.prompt for order in orders],
             torch.cat([part.trajectory.latents for part in parts]),
-            torch.cat([part.cond for part in parts]),
+            Conditioning.cat([part.cond for part in parts]),
             torch.cat([part.images for part in parts]),
         )
 
@@ -388,7 +389,7 @@ class OnlineSource:
         return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=rollout.latents.device))
 
     def _logp(
-        self, latents: Tensor, cond: Tensor, steps: Sequence[int], denoiser: nn.Module
+        self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
     ) -> Tensor:
         predict = guided(self.family, denoiser, cond, self.uncond, self.scale)
         chosen = torch.tensor(steps)

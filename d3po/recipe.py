@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 
 from d3po.evaluate import EvalConfig, Evaluator
-from d3po.families import load_family
+from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig
 from d3po.offline import (
     OfflineConfig,
@@ -44,8 +44,11 @@ class TrainConfig(Config):
     """Everything a training run depends on."""
 
     model: str = Field(
-        "mini", description="What is trained: mini (embedded), a diffusers folder, or a Hub id."
+        "mini",
+        description="What is trained: mini (embedded), a diffusers folder, a Hub id, or one "
+        "safetensors file.",
     )
+    family: FamilyConfig = Field(FamilyConfig(), description="How the model is opened.")
     method: Literal["d3po", "dpo"] = Field(
         "d3po",
         description="d3po: online, on its own rollouts; dpo: Diffusion-DPO, on a data set of "
@@ -165,7 +168,7 @@ def train(config: TrainConfig) -> RunFolder:
     run = Run(_with_labels_saved(config))
     try:
         objective = BoundObjective.from_config(config.objective)
-        family = load_family(config.model, _base_dtype(config, run), run.device)
+        family = load_family(config.model, _base_dtype(config, run), run.device, config.family)
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
         policy = Policy(family, config.policy)
         held_out = evaluation_prompts(config)
@@ -312,7 +315,7 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[TrainConfig, Policy
     if not (folder.path / "config.yaml").is_file():
         raise InputError(f"{path} is not a run folder: it has no config.yaml")
     config = load(folder.path / "config.yaml")
-    policy = Policy(load_family(config.model, device=device), config.policy)
+    policy = Policy(load_family(config.model, device=device, config=config.family), config.policy)
     if folder.weights.is_dir():
         policy.load(folder.weights)
         return config, policy

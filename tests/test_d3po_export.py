@@ -55,7 +55,7 @@ def test_a_lora_is_loaded_by_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     cond = policy.family.encode_text(["a red circle", "a star"])
     with torch.no_grad():
-        pred = pipe.unet(x, torch.tensor([500, 20]), cond).sample
+        pred = pipe.unet(x, torch.tensor([500, 20]), cond.tensors["text"]).sample
     assert torch.allclose(pred, prediction(policy), atol=1e-5)
 
 

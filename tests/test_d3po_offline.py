@@ -96,10 +96,11 @@ def test_the_cache_holds_what_the_encoders_give(tmp_path: Path, family: Family, 
         latents = family.encode_images(to_batch([picture(win), picture(lose)]))
         assert np.allclose(cache.win[i], latents[0].numpy(), atol=1e-5)
         assert np.allclose(cache.lose[i], latents[1].numpy(), atol=1e-5)
-        text = family.encode_text([f"prompt {i // 2}"])[0]
-        assert np.allclose(cache.cond[cache.prompt[i]], text.numpy(), atol=1e-5)
-    assert len(cache.cond) == 4  # three prompts and the empty one
-    assert np.allclose(cache.cond[0], family.encode_text([""])[0].numpy(), atol=1e-5)
+        text = family.encode_text([f"prompt {i // 2}"]).tensors["text"][0]
+        assert np.allclose(cache.cond["text"][cache.prompt[i]], text.numpy(), atol=1e-5)
+    empty = family.encode_text([""]).tensors["text"][0]
+    assert len(cache.cond["text"]) == 4  # three prompts and the empty one
+    assert np.allclose(cache.cond["text"][0], empty.numpy(), atol=1e-5)
 
 
 def test_half_precision_halves_the_cache(tmp_path: Path, family: Family, run: Run) -> None:
@@ -229,7 +230,7 @@ def published_loss(learner: Learner, cache: PairCache, pairs: list[tuple[int, in
         noise = image_noise([derive_seed(SEED, "noise", epoch, row)], latents.shape, 0)
         t = torch.tensor([derive_seed(SEED, "time", epoch, row) % 1000])
         noisy = scheduler.add_noise(torch.from_numpy(latents.copy())[None], noise, t)
-        cond = torch.from_numpy(cache.cond[cache.prompt[row]].copy())[None]
+        cond = cache.conditioning([cache.prompt[row]]).tensors["text"]
         return (learner.policy.bare(noisy, t, cond).sample - noise).square().mean()
 
     losses = []

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import guided, load_family
+from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.online import (
     FileJudge,
@@ -115,9 +116,7 @@ def doubled(chunk: Chunk) -> Chunk:
     """The same chunk on float64 latents and text; the reference is scored anew."""
     assert isinstance(chunk.logp, partial)
     latents, cond, steps = chunk.logp.args
-    return replace(
-        chunk, logp=partial(chunk.logp.func, latents.double(), cond.double(), steps), ref=None
-    )
+    return replace(chunk, logp=partial(chunk.logp.func, latents.double(), cond, steps), ref=None)
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -296,9 +295,7 @@ def rolled_out(source: OnlineSource, index: int) -> tuple[Tensor, Tensor]:
     ]
     parts = list(generate(source.family, source.policy.bare, SAMPLER, orders))
     latents = torch.cat([part.trajectory.latents for part in parts])
-    return latents.unflatten(0, (4, 3)), torch.cat([part.cond for part in parts]).unflatten(
-        0, (4, 3)
-    )
+    return latents.unflatten(0, (4, 3)), Conditioning.cat([part.cond for part in parts])
 
 
 def test_a_group_starts_from_one_noise_and_its_images_part(start: Start) -> None:
@@ -318,10 +315,11 @@ def loss_pair_by_pair(learner: Learner, source: OnlineSource) -> Tensor:
     grid, family = source.grid, source.family
     uncond = family.encode_text([""])
 
-    def logp(image: Tensor, text: Tensor, i: int) -> Tensor:
-        predict = guided(family, learner.policy.bare, text[None], uncond, SAMPLER.guidance)
+    def logp(image: Tensor, text: Conditioning, i: int) -> Tensor:
+        predict = guided(family, learner.policy.bare, text, uncond, SAMPLER.guidance)
         x_t, x_s, t = image[i][None].double(), image[i + 1][None].double(), grid.times[i][None]
-        abar_t, abar_s, sigma = (float(row[i]) for row in (grid.abar_t, grid.abar_s, grid.sigma))
+        abar_t = float(family.schedule.alphas_cumprod[t])
+        abar_s, sigma = float(grid.to_x0[i]) ** 2, float(grid.sigma[i])
         eps = predict(x_t, t)
         x0 = (x_t - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
         mean = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s - sigma**2) * eps
@@ -329,8 +327,8 @@ def loss_pair_by_pair(learner: Learner, source: OnlineSource) -> Tensor:
 
     def ratio(group: int, image: int, i: int) -> Tensor:
         with learner.policy.reference():
-            ref = logp(latents[group, image], cond[group, image], i)
-        return logp(latents[group, image], cond[group, image], i) - ref
+            ref = logp(latents[group, image], cond[[3 * group + image]], i)
+        return logp(latents[group, image], cond[[3 * group + image]], i) - ref
 
     terms = [
         torch.log1p(torch.exp(-50.0 * (ratio(group, win, i) - ratio(group, lose, i))))

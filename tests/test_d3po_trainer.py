@@ -221,7 +221,7 @@ def test_chunks_of_any_size_give_the_same_gradient(tiny_sd: Path, run: Run) -> N
         for p in policy.trainable():
             p.add_(0.1)
     x = torch.randn(8, *family.latent_shape, generator=torch.Generator().manual_seed(0)).double()
-    cond = family.encode_text(["a red circle"]).double()
+    cond = family.encode_text(["a red circle"])
 
     def chunk(first: int, last: int) -> Chunk:
         """Images first..last-1: each wins against the next one, all steps of it in one go."""
@@ -229,9 +229,7 @@ def test_chunks_of_any_size_give_the_same_gradient(tiny_sd: Path, run: Run) -> N
         def logp(denoiser: nn.Module) -> Tensor:
             rows = x[first:last]
             times = [torch.full((len(rows),), t) for t in (300, 700)]
-            preds = [
-                family.predict(denoiser, rows, t, cond.expand(len(rows), -1, -1)) for t in times
-            ]
+            preds = [family.predict(denoiser, rows, t, cond.expand(len(rows))) for t in times]
             return torch.stack([-(pred - rows).square().flatten(1).mean(1) for pred in preds], 1)
 
         win = torch.arange(last - first - 1)
