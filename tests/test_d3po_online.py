@@ -22,6 +22,7 @@ from torch import Tensor
 from d3po.draws import derive_seed, shuffled
 from d3po.families import guided, load_family
 from d3po.generate import Order, SamplerConfig, generate
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.online import (
     FileJudge,
     Judge,
@@ -37,7 +38,8 @@ from d3po.online import (
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.schedule import TimeGrid
-from d3po.trainer import BoundObjective, Chunk, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
+from d3po.updates import Chunk
 from fifa.config import InputError
 from fifa.rewards import load_reward
 

@@ -28,8 +28,9 @@ ORDER = {
         " | selection, bench | scoring, filtering, report | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
-        " | run, health | trainer | offline, online, evaluate, annotate, export"
+        "draws, schedule, advantage | sampling | likelihood, objectives | updates | losses"
+        " | families | generate | policy | run, health | trainer"
+        " | offline, online, evaluate, annotate, export"
         " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
