@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from d3po.evaluate import EvalConfig, Evaluator
 from d3po.families import load_family
 from d3po.generate import SamplerConfig
+from d3po.judging import FileJudge, Judge, RewardJudge
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import (
     OfflineConfig,
@@ -21,7 +22,7 @@ from d3po.offline import (
     skipped_rows,
     told,
 )
-from d3po.online import FileJudge, Judge, OnlineConfig, OnlineSource, RewardJudge, groups_per_update
+from d3po.online import OnlineConfig, OnlineSource, groups_per_update
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig, RunFolder
 from d3po.trainer import Learner, OptimConfig, fit, whole_rounds

@@ -27,10 +27,11 @@ from torch import Tensor
 from d3po import recipe
 from d3po.families import guided, load_family
 from d3po.generate import SamplerConfig
+from d3po.judging import Place, Scores
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import OBJECTIVES, POLICY_GRADIENT, REFERENCE_FREE, UNPAIRED
 from d3po.offline import OfflineConfig, OfflineSource, cached_pairs
-from d3po.online import OnlineConfig, OnlineSource, Place, Scores
+from d3po.online import OnlineConfig, OnlineSource
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.trainer import Learner, OptimConfig, train_step

@@ -28,7 +28,7 @@ ORDER = {
         " | selection, bench | scoring, filtering, report | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule, advantage | sampling | likelihood, objectives | updates | losses"
+        "draws, schedule, advantage, judging | sampling | likelihood, objectives | updates | losses"
         " | families | generate | policy | run, health | trainer"
         " | offline, online, evaluate, annotate, export"
         " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
