@@ -7,6 +7,7 @@ updates instead. They warn; they never stop a run.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,7 +89,14 @@ class Health:
         seen = {key: sum(row[key] for row in self._rows) / len(self._rows) for key in keys}
         if self._first_grad_norm is None:
             self._first_grad_norm = seen["grad_norm"]
-        return {**seen, "first_grad_norm": self._first_grad_norm}
+        return _Seen(seen, first_grad_norm=self._first_grad_norm)
+
+
+class _Seen(dict[str, float]):
+    """Averages; one that an objective does not have is NaN, and no rule finds fault with it."""
+
+    def __missing__(self, key: str) -> float:
+        return math.nan
 
 
 def compare_judges(differences: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -11,10 +11,13 @@ enabled each keeps its graph, so a caller short of memory passes one step at a t
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from d3po.sampling import Predict, Reduce, step_logp
+from d3po.sampling import Predict, Reduce, logp, step_logp, step_mean
 from d3po.schedule import Schedule, TimeGrid
 from fifa.config import InputError
 
@@ -44,6 +47,51 @@ def path_logp(
         for i in steps.unbind(1)
     ]
     return torch.stack(columns, 1)
+
+
+class PathScore(NamedTuple):
+    """What is known of the stored steps under one network."""
+
+    logp: Tensor  # (B, S)
+    mean: Tensor  # (B, S, C, H, W) means of the steps' Gaussians, in units of their sigma
+
+
+def path_score(
+    predict: Predict,
+    grid: TimeGrid,
+    schedule: Schedule,
+    latents: Tensor,
+    steps: Tensor,
+    reduce: Reduce = "mean",
+) -> PathScore:
+    """`path_logp` of steps (S,), with the means that `gaussian_kl` compares; no further call."""
+    scores, means = [], []
+    for i in steps.tolist():
+        x_t, x_s = latents[:, i], latents[:, i + 1]
+        rows = torch.full((len(x_t),), i)
+        mean = step_mean(grid, schedule, rows, x_t, predict(x_t, grid.times[rows]))
+        scores.append(logp(x_s, mean, grid.sigma[rows], reduce))
+        means.append(mean / float(grid.sigma[i]))
+    return PathScore(torch.stack(scores, 1), torch.stack(means, 1))
+
+
+def gaussian_kl(mean: Tensor, other: Tensor, reduce: Reduce = "mean") -> Tensor:
+    """KL(N(mean, I) || N(other, I)) = |mean - other|^2 / 2 of each image and step, (B, S).
+
+    Means (B, S, C, H, W) in units of the common sigma, as in `PathScore`; in nats for "sum", in
+    nats per element for "mean".
+    """
+    squares = (mean - other).square().flatten(2)
+    return 0.5 * (squares.mean(2) if reduce == "mean" else squares.sum(2))
+
+
+def log_peak(grid: TimeGrid, steps: Tensor, elements: int, reduce: Reduce = "mean") -> Tensor:
+    """The log-density of each step at its mean, (S,): the largest that `path_logp` can give.
+
+    It does not depend on the network; less it, log-probabilities of different steps are at most 0.
+    """
+    peak = -grid.sigma[steps].log() - 0.5 * math.log(2 * math.pi)
+    return peak if reduce == "mean" else elements * peak
 
 
 def renoise_logp(

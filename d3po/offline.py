@@ -1,4 +1,4 @@
-"""Diffusion-DPO offline: pairs from a table, encoded once, then re-noised and compared.
+"""Offline: pairs from a table, encoded once, then re-noised and compared (Diffusion-DPO).
 
 The data set is decoded and encoded before training, into memory-mapped arrays whose folder name is
 a fingerprint of the rows, the encoders and the settings, so a second run finds them and no run
@@ -32,7 +32,8 @@ from d3po.generate import encode_prompts
 from d3po.likelihood import renoise_logp
 from d3po.run import Run
 from d3po.sampling import Reduce, image_noise
-from d3po.trainer import Chunk, OptimConfig, Round, Update
+from d3po.trainer import OptimConfig
+from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
 from fifa.config import Config, InputError, atomic_path, fingerprint
 from fifa.images import Pixels, decode, to_batch
 from fifa.pairs import BadRow, Pair, PairTable, held_out, normalise_prompt, pair_from
@@ -346,7 +347,15 @@ class OfflineSource:
         cache: PairCache,
         run: Run,
         reduce: Reduce = "mean",
+        wants: Wants = PAIRS,
     ) -> None:
+        if wants.kind == "advantages":
+            raise InputError(
+                "this objective needs rewards and the log-probabilities that images were drawn "
+                "with, and stored pairs have neither: use method d3po (rollouts), or an objective "
+                "on pairs or labels"
+            )
+        self.kind = wants.kind
         self.config, self.optim, self.family = config, optim, family
         self.cache, self.run, self.reduce = cache, run, reduce
         self.pairs_per_update = optim.micro_batch * optim.accumulation * run.processes
@@ -358,13 +367,20 @@ class OfflineSource:
         order = shuffled(self.run.config.seed, len(self.cache), places.start, places.stop)
         own = [(places[i] // len(self.cache), order[i]) for i in self.run.share(size)]
         chunks = [self._chunk(own[i : i + micro]) for i in range(0, len(own), micro)]
-        return Round({}, iter([Update(chunks, len(own))]))
+        images = 1 if self.kind == "pairs" else 2
+        return Round({}, iter([Update(chunks, images * len(own))]))
 
-    def _chunk(self, pairs: Sequence[tuple[int, int]]) -> Chunk:
-        """A chunk of Q pairs, given as (epoch, row of the cache): 2Q images, winners first."""
-        count, device = len(pairs), self.run.device
+    def _chunk(self, pairs: Sequence[tuple[int, int]]) -> Chunk | Rated:
+        """A chunk of Q pairs, given as (epoch, row of the cache): 2Q images, winners first.
+
+        For an objective on labels winners are liked images and losers disliked ones.
+        """
+        count, device, logp = len(pairs), self.run.device, partial(self._logp, pairs)
+        if self.kind == "labels":
+            liked = torch.ones(count, device=device)
+            return Rated(logp, "labels", torch.cat([liked, -liked]), steps=1)
         rows = torch.arange(count, device=device)
-        return Chunk(partial(self._logp, pairs), win=rows, lose=rows + count, steps=1)
+        return Chunk(logp, win=rows, lose=rows + count, steps=1)
 
     def _logp(self, pairs: Sequence[tuple[int, int]], denoiser: nn.Module) -> Tensor:
         """Log-probabilities (2Q, 1); one forward over winners and losers."""

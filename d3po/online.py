@@ -1,4 +1,7 @@
-"""D3PO online: sample groups, let a judge order them, learn from every strict pair, repeat.
+"""Online: sample groups, let a judge order or rate them, learn from every image, repeat.
+
+D3PO learns from strict pairs; the same rollouts serve objectives on single images, liked or not
+(KTO) or with an advantage (DDPO, DPOK, reward-weighted), see `Wants`.
 
 What differs from the published code:
 
@@ -12,11 +15,9 @@ What differs from the published code:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,21 +26,20 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from d3po.advantage import Numbers, Scope, advantages, combined, labels
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
-from d3po.likelihood import path_logp
+from d3po.judging import Judge, Pairs, Place, Scores, strict_pairs
+from d3po.likelihood import PathScore, log_peak, path_logp, path_score
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.sampling import Reduce
 from d3po.schedule import TimeGrid
-from d3po.trainer import Chunk, OptimConfig, Round, Update, reference_logp
-from fifa.config import Config, InputError, write_atomic
-from fifa.images import encode_png, to_uint8
-from fifa.rewards import Reward, score_images
-
-Scores = NDArray[np.float64]  # (images, judges), higher is better
+from d3po.trainer import OptimConfig, reference_logp
+from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
+from fifa.config import Config, InputError
 
 
 class OnlineConfig(Config):
@@ -70,7 +70,7 @@ class OnlineConfig(Config):
     labels: str | None = Field(
         None,
         description="Instead of judges: a JSON-lines file of human scores, see "
-        "d3po.online.FileJudge.",
+        "d3po.judging.FileJudge.",
     )
     train_guidance: float | None = Field(
         None,
@@ -90,6 +90,11 @@ class OnlineConfig(Config):
         False,
         description="Leave the last step out: its sigma is tiny, its log-probability has spikes.",
     )
+    advantage: Scope = Field(
+        "prompt",
+        description="What an image is compared with by objectives on single images: the others "
+        "of its prompt, or all of the round.",
+    )
     inner_epochs: int = Field(
         1, ge=1, description="How often a round's groups are gone through (D3PO: 1)."
     )
@@ -101,108 +106,6 @@ class OnlineConfig(Config):
         if self.labels is None and not self.judges:
             raise ValueError("online needs judges or labels")
         return self
-
-
-# ---- who wins -----------------------------------------------------------------------------------
-
-
-def strict_pairs(scores: Scores) -> list[tuple[int, int]]:
-    """All (winner, loser) of a group, scores (G, R): no worse by any judge, better by at least one.
-
-    With one judge that is its strict order; with several, Pareto dominance, so a disagreement is a
-    tie (Yang et al. 2024, section 5.1, does the same).
-    """
-    better = (scores[:, None] >= scores[None]).all(-1) & (scores[:, None] > scores[None]).any(-1)
-    return [(int(win), int(lose)) for win, lose in np.argwhere(better)]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a group comes from: its round, and its number among all groups of the round."""
-
-    round: int
-    group: int
-
-
-Judge = Callable[[Tensor, Sequence[str], Sequence[Place]], Scores]
-"""judge(images (N, 3, H, W), N prompts, the groups in order) -> scores (N, R)."""
-
-
-@dataclass(frozen=True)
-class RewardJudge:
-    """Orders images by one or more rewards."""
-
-    rewards: Sequence[Reward]
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Scores:
-        """Scores (N, R), a column for each reward."""
-        columns = [score_images(reward, images, prompts) for reward in self.rewards]
-        return torch.stack(columns, 1).double().cpu().numpy()
-
-
-class FileJudge:
-    """Orders images by what people wrote into a file, one JSON object a line:
-
-        {"round": 0, "group": 3, "scores": [0, -1, 0, 1]}
-
-    One score an image, higher is better, equal ones tie; several lines of one group are averaged,
-    as if each were an annotator. A round whose labels are missing stops the run, after its images
-    were written to samples/round-NNNNNN/. Label them and run the command again: the images are
-    drawn again from the same seeds and weights, and training goes on.
-    """
-
-    def __init__(self, path: str | Path, samples: Path, images: int) -> None:
-        self.path = Path(path)
-        self.samples = samples
-        self.images = images
-        self.labels = self._read() if self.path.exists() else {}
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Scores:
-        """Scores (N, 1); raises InputError, with the images on disk, if some have no label."""
-        missing = [i for i, place in enumerate(places) if place not in self.labels]
-        if missing:
-            folder = self._show(images, prompts, places)
-            raise InputError(
-                f"{len(missing)} groups of round {places[0].round} have no labels in "
-                f"{self.path}; their"
-                f" images are in {folder}: label them and run the same command again"
-            )
-        return np.concatenate([np.mean(self.labels[place], 0) for place in places])[:, None]
-
-    def _show(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Path:
-        folder = self.samples / f"round-{places[0].round:06d}"
-        pictures = to_uint8(images)
-        for i, place in enumerate(places):
-            for k in range(self.images):
-                name = f"group-{place.group:04d}-image-{k}.png"
-                write_atomic(folder / name, encode_png(pictures[i * self.images + k]))
-            note = {"round": place.round, "group": place.group, "prompt": prompts[i * self.images]}
-            text = json.dumps(note, ensure_ascii=False) + "\n"
-            write_atomic(folder / f"group-{place.group:04d}.json", text)
-        return folder
-
-    def _read(self) -> dict[Place, list[Any]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read labels from {self.path}: {error}") from None
-        labels: dict[Place, list[Any]] = {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{self.path}, line {number}"
-            try:
-                row = json.loads(line)
-                place, scores = Place(int(row["round"]), int(row["group"])), row["scores"]
-                values = np.asarray(scores, dtype=np.float64)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f'{where}: expected {{"round": 0, "group": 0, "scores": [...]}} ({error!r})'
-                ) from None
-            if values.shape != (self.images,) or not np.isfinite(values).all():
-                raise InputError(f"{where}: expected {self.images} finite scores, found {scores}")
-            labels.setdefault(place, []).append(values)
-        return labels
 
 
 # ---- which steps --------------------------------------------------------------------------------
@@ -238,9 +141,14 @@ class Block:
 
     latents: Tensor  # (B, T+1, C, h, w)
     cond: Conditioning  # B rows
-    win: Tensor  # (Q,) long, rows of this block
+    old: Tensor  # (B, T) log-probabilities under the policy that drew them
+    ref: Tensor  # (B, T) those under the reference, NaN where nobody will look
+    win: Tensor  # (Q,) long, rows of this block; none for objectives on single images
     lose: Tensor  # (Q,)
-    ref: Tensor  # (B, T) log-probabilities under the reference, NaN where nobody will look
+    value: Tensor  # (B,) float32, label or advantage; none for objectives on pairs
+
+    def __len__(self) -> int:
+        return len(self.win) + len(self.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,11 +159,20 @@ class Rollout:
     prompts: Sequence[str]  # (N,)
     latents: Tensor  # (N, T+1, C, h, w)
     cond: Conditioning  # N rows
+    logp: Tensor  # (N, T), NaN at steps without a density
     images: Tensor  # (N, 3, H, W)
 
 
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a round's scores mean, on this process; P groups of G images."""
+
+    pairs: Sequence[Pairs]  # of each group, numbered within it
+    values: Numbers  # (P * G,) label or advantage; 0: says nothing
+
+
 class OnlineSource:
-    """Rounds of D3PO: `round(i)` samples with the policy as it is then, judges, and yields updates.
+    """Rounds: `round(i)` samples with the policy as it is then, judges, and yields updates.
 
     An update holds micro_batch * accumulation * processes groups, each process its share; a round
     is cut into updates in the order of its groups and gone through inner_epochs times.
@@ -273,7 +190,9 @@ class OnlineSource:
         prompts: Sequence[str],
         run: Run,
         reduce: Reduce = "mean",
+        wants: Wants = PAIRS,
     ) -> None:
+        self.wants = wants
         self.config, self.sampler, self.optim = config, sampler, optim
         self.family, self.policy, self.run, self.reduce = family, policy, run, reduce
         self.judge, self.judge_names, self.prompts = judge, judge_names, prompts
@@ -284,6 +203,12 @@ class OnlineSource:
         self.updates = config.groups // self.groups_per_update
         self.updates_per_round = self.updates * config.inner_epochs
         trained_steps(config, self.grid)  # say now what would fail after the first rollout
+        if wants.kind == "advantages" and scale != sampler.guidance:
+            raise InputError(
+                f"online.train_guidance is {scale}, but this objective compares with the "
+                f"log-probabilities of the rollout, drawn at sampler.guidance {sampler.guidance}: "
+                "leave train_guidance null"
+            )
 
     def round(self, index: int) -> Round:
         """Sample and judge round `index`; its updates are to be made in order."""
@@ -293,10 +218,9 @@ class OnlineSource:
         scores = self.run.everywhere(
             lambda: self.judge(rollout.images, rollout.prompts, rollout.places)
         )
-        pairs = [strict_pairs(own) for own in np.split(scores, len(rollout.places))]
-        metrics = self._metrics(scores, pairs)
+        verdict, metrics = self._verdict(scores, len(rollout.places))
         self.run.status("training")
-        return Round(metrics, self._updates(index, rollout, pairs))
+        return Round(metrics, self._updates(index, rollout, verdict))
 
     def _sample(self, index: int) -> Rollout:
         config, seed = self.config, self.run.config.seed
@@ -318,6 +242,7 @@ class OnlineSource:
             [order.prompt for order in orders],
             torch.cat([part.trajectory.latents for part in parts]),
             Conditioning.cat([part.cond for part in parts]),
+            torch.cat([part.trajectory.logp for part in parts]),
             torch.cat([part.images for part in parts]),
         )
 
@@ -326,12 +251,23 @@ class OnlineSource:
         size = self.groups_per_update
         return [u * size + i for u in range(self.updates) for i in self.run.share(size)]
 
-    def _updates(
-        self, index: int, rollout: Rollout, pairs: Sequence[Sequence[tuple[int, int]]]
-    ) -> Iterator[Update]:
+    def _verdict(self, scores: Scores, groups: int) -> tuple[Verdict, dict[str, Any]]:
+        """What the scores mean for the objective, and what is written down about them."""
+        pairs = [strict_pairs(own) for own in np.split(scores, groups)]
+        mean, std, metrics = self._metrics(scores, pairs)
+        if self.wants.kind == "pairs":
+            return Verdict(pairs, np.zeros(0)), metrics
+        values = combined(scores, mean, std)
+        _, spread = self._moments(values[:, None])
+        found = advantages(values, self.config.images, self.config.advantage, float(spread[0]))
+        _, spread = self._moments(found[:, None])
+        metrics["advantage_std"] = float(spread[0])
+        return Verdict(pairs, labels(found) if self.wants.kind == "labels" else found), metrics
+
+    def _updates(self, index: int, rollout: Rollout, verdict: Verdict) -> Iterator[Update]:
         count = len(rollout.places) // self.updates
         blocks = [
-            self._blocks(rollout, pairs, range(u * count, (u + 1) * count))
+            self._blocks(rollout, verdict, range(u * count, (u + 1) * count))
             for u in range(self.updates)
         ]
         steps = {
@@ -341,64 +277,118 @@ class OnlineSource:
         }
         for u, own in enumerate(blocks):
             needed = sorted({i for (v, _), some in steps.items() if v == u for i in some})
-            for block in own:
+            for block in own if self.wants.reference else []:
                 logp = partial(self._logp, block.latents, block.cond, needed)
                 block.ref[:, needed] = reference_logp(self.policy, logp)
         for epoch in range(self.config.inner_epochs):
             for u, own in enumerate(blocks):
                 chunks = [self._chunk(block, i) for block in own for i in steps[u, epoch]]
-                found = sum(len(block.win) for block in own)
+                found = sum(len(block) for block in own)
                 yield Update(chunks, found, partial(self._idle, rollout, steps[u, epoch][0]))
 
-    def _blocks(
-        self, rollout: Rollout, pairs: Sequence[Sequence[tuple[int, int]]], groups: range
-    ) -> list[Block]:
-        """The groups with a pair, micro_batch at a time, without the images that are in no pair."""
-        judged, size = [group for group in groups if pairs[group]], self.optim.micro_batch
+    def _blocks(self, rollout: Rollout, verdict: Verdict, groups: range) -> list[Block]:
+        """The groups that teach something, micro_batch at a time, without idle images."""
+        size, images = self.optim.micro_batch, self.config.images
+        if self.wants.kind == "pairs":
+            teaching = [group for group in groups if verdict.pairs[group]]
+            make = self._pair_block
+        else:
+            everything = self.wants.kind == "advantages"
+            values = verdict.values.reshape(-1, images)
+            teaching = [group for group in groups if everything or np.any(values[group])]
+            make = self._rated_block
         return [
-            self._block(rollout, pairs, judged[i : i + size]) for i in range(0, len(judged), size)
+            make(rollout, verdict, teaching[i : i + size]) for i in range(0, len(teaching), size)
         ]
 
-    def _block(
-        self, rollout: Rollout, pairs: Sequence[Sequence[tuple[int, int]]], groups: Sequence[int]
-    ) -> Block:
+    def _pair_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
         win, lose = np.array(
             [
                 (group * self.config.images + won, group * self.config.images + lost)
                 for group in groups
-                for won, lost in pairs[group]
+                for won, lost in verdict.pairs[group]
             ]
         ).T
         rows = np.unique([win, lose])
+        return self._block(
+            rollout, rows, np.searchsorted(rows, win), np.searchsorted(rows, lose), np.zeros(0)
+        )
+
+    def _rated_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
+        size = self.config.images
+        rows = np.concatenate([np.arange(group * size, (group + 1) * size) for group in groups])
+        if self.wants.kind == "labels":
+            rows = rows[verdict.values[rows] != 0]
+        nobody = np.zeros(0, dtype=np.int64)
+        return self._block(rollout, rows, nobody, nobody, verdict.values[rows])
+
+    def _block(
+        self,
+        rollout: Rollout,
+        rows: NDArray[np.int64],
+        win: NDArray[np.int64],
+        lose: NDArray[np.int64],
+        values: Numbers,
+    ) -> Block:
         device = rollout.latents.device
         return Block(
             latents=rollout.latents[rows],
             cond=rollout.cond[rows],
-            win=torch.from_numpy(np.searchsorted(rows, win)).to(device),
-            lose=torch.from_numpy(np.searchsorted(rows, lose)).to(device),
+            old=rollout.logp[rows],
             ref=torch.full((len(rows), len(self.grid)), torch.nan, device=device),
+            win=torch.from_numpy(win).to(device),
+            lose=torch.from_numpy(lose).to(device),
+            value=torch.from_numpy(values.astype(np.float32)).to(device),
         )
 
-    def _chunk(self, block: Block, step: int) -> Chunk:
+    def _chunk(self, block: Block, step: int) -> Chunk | Rated:
         logp = partial(self._logp, block.latents, block.cond, [step])
-        return Chunk(logp, block.win, block.lose, 1, block.ref[:, [step]])
+        ref = block.ref[:, [step]] if self.wants.reference else None
+        if self.wants.kind == "pairs":
+            return Chunk(logp, block.win, block.lose, 1, ref)
+        path = partial(self._path, block.latents, block.cond, [step])
+        old = block.old[:, [step]]
+        return Rated(logp, self.wants.kind, block.value, 1, ref, old, path, self.reduce)
 
-    def _idle(self, rollout: Rollout, step: int) -> Chunk:
-        nobody = torch.empty(0, dtype=torch.long, device=rollout.latents.device)
+    def _idle(self, rollout: Rollout, step: int) -> Chunk | Rated:
+        """One image that nobody said anything about: a way through the network without a term."""
+        device = rollout.latents.device
         logp = partial(self._logp, rollout.latents[:1], rollout.cond[:1], [step])
-        return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=rollout.latents.device))
+        if self.wants.kind == "pairs":
+            nobody = torch.empty(0, dtype=torch.long, device=device)
+            return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=device))
+        nothing = torch.empty(0, 1, device=device)
+        return Rated(lambda net: logp(net)[:0], self.wants.kind, nothing[:, 0], 1, nothing)
 
     def _logp(
         self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
     ) -> Tensor:
         predict = guided(self.family, denoiser, cond, self.uncond, self.scale)
-        chosen = torch.tensor(steps)
-        return path_logp(predict, self.grid, self.family.schedule, latents, chosen, self.reduce)
+        chosen, schedule = torch.tensor(steps), self.family.schedule
+        found = path_logp(predict, self.grid, schedule, latents, chosen, self.reduce)
+        if self.wants.reference or self.wants.kind != "pairs":
+            return found
+        # Without a reference to compare with, log-densities of different steps need one scale.
+        peak = log_peak(self.grid, chosen, latents[0, 0].numel(), self.reduce)
+        return found - peak.to(found)
+
+    def _path(
+        self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
+    ) -> PathScore:
+        predict = guided(self.family, denoiser, cond, self.uncond, self.scale)
+        chosen, schedule = torch.tensor(steps), self.family.schedule
+        return path_score(predict, self.grid, schedule, latents, chosen, self.reduce)
+
+    def _moments(self, values: Numbers) -> tuple[Numbers, Numbers]:
+        """Mean and standard deviation (R,) of values (N, R) over all processes."""
+        count, *rest = self.run.total([float(len(values)), *values.sum(0), *(values**2).sum(0)])
+        means, squares = np.array(rest).reshape(2, -1) / count
+        return means, np.sqrt(np.maximum(squares - means**2, 0))
 
     def _metrics(
         self, scores: Scores, pairs: Sequence[Sequence[tuple[int, int]]]
-    ) -> dict[str, Any]:
-        """What the judge saw in the whole round, on all processes."""
+    ) -> tuple[Numbers, Numbers, dict[str, Any]]:
+        """Mean and deviation (R,) of the whole round, and all that the judges saw in it."""
         tied = float(sum(not own for own in pairs))
         unused = sum(self.config.images - len({i for pair in own for i in pair}) for own in pairs)
         counts = [
@@ -408,12 +398,9 @@ class OnlineSource:
             float(unused),
             float(sum(map(len, pairs))),
         ]
-        sums = self.run.total([*counts, *scores.sum(0), *(scores**2).sum(0)])
-        images, groups, tied, unused_images, found, *rest = sums
-        means = np.array(rest[: len(self.judge_names)]) / images
-        squares = np.array(rest[len(self.judge_names) :]) / images
-        stds = np.sqrt(np.maximum(squares - means**2, 0))
-        return {
+        images, groups, tied, unused_images, found = self.run.total(counts)
+        means, stds = self._moments(scores)
+        metrics = {
             "reward": dict(zip(self.judge_names, means.tolist(), strict=True)),
             "reward_std": dict(zip(self.judge_names, stds.tolist(), strict=True)),
             "images": int(images),
@@ -421,6 +408,7 @@ class OnlineSource:
             "pairs": int(found),
             "tied": tied / groups,
         }
+        return means, stds, metrics
 
 
 def groups_per_update(config: OnlineConfig, optim: OptimConfig, processes: int) -> int:

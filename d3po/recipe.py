@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from d3po.evaluate import EvalConfig, Evaluator
 from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig
+from d3po.judging import FileJudge, Judge, RewardJudge
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import (
     OfflineConfig,
     OfflineSource,
@@ -20,18 +22,11 @@ from d3po.offline import (
     skipped_rows,
     told,
 )
-from d3po.online import FileJudge, Judge, OnlineConfig, OnlineSource, RewardJudge, groups_per_update
+from d3po.online import OnlineConfig, OnlineSource, groups_per_update
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig, RunFolder
-from d3po.trainer import (
-    BoundObjective,
-    Learner,
-    ObjectiveConfig,
-    OptimConfig,
-    Source,
-    fit,
-    whole_rounds,
-)
+from d3po.trainer import Learner, OptimConfig, fit, whole_rounds
+from d3po.updates import Source, Wants
 from fifa.config import Config, InputError, load_config, write_atomic
 from fifa.pairs import normalise_prompt
 from fifa.rewards import load_reward
@@ -51,8 +46,8 @@ class TrainConfig(Config):
     family: FamilyConfig = Field(FamilyConfig(), description="How the model is opened.")
     method: Literal["d3po", "dpo"] = Field(
         "d3po",
-        description="d3po: online, on its own rollouts; dpo: Diffusion-DPO, on a data set of "
-        "pairs.",
+        description="Where images come from. d3po: online, from its own rollouts, as D3PO's; "
+        "dpo: a data set of pairs, as Diffusion-DPO's. Most objectives go with either.",
     )
     objective: ObjectiveConfig = Field(description="The loss.")
     policy: PolicyConfig = Field(PolicyConfig(), description="Which weights are trained.")
@@ -142,14 +137,20 @@ def arithmetic(config: TrainConfig, processes: int = 1) -> str:
             f"the run: {optim.max_steps} updates = {optim.max_steps * size} pairs"
         )
     online, size = config.online, groups_per_update(config.online, optim, processes)
-    pairs = online.images * (online.images - 1) // 2
     steps = online.step_count or config.sampler.steps - online.skip_last
     updates = online.groups // size * online.inner_epochs
     total = whole_rounds(optim.max_steps, updates)
+    objective = BoundObjective.from_config(config.objective)
+
+    def learned_from(groups: int) -> str:
+        if objective.unit == "images":
+            return f"at most {groups * online.images} images"
+        return f"at most {groups * online.images * (online.images - 1) // 2} pairs"
+
     return (
         f"one round: {online.groups} groups x {online.images} images = "
-        f"{online.groups * online.images} images, at most {online.groups * pairs} pairs\n"
-        f"one update: {product} = {size} groups, at most {size * pairs} pairs x {steps} steps\n"
+        f"{online.groups * online.images} images, {learned_from(online.groups)}\n"
+        f"one update: {product} = {size} groups, {learned_from(size)} x {steps} steps\n"
         f"one round: {online.groups // size} updates x {online.inner_epochs} inner epochs = "
         f"{updates} updates\n"
         f"the run: {total} updates = {total // updates} rounds = "
@@ -172,7 +173,7 @@ def train(config: TrainConfig) -> RunFolder:
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
         policy = Policy(family, config.policy)
         held_out = evaluation_prompts(config)
-        source = _source(config, family, policy, held_out, run)
+        source = _source(config, objective.wants, family, policy, held_out, run)
         evaluator = _evaluator(config, family, policy, held_out, run)
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
@@ -203,12 +204,17 @@ def _base_dtype(config: TrainConfig, run: Run) -> torch.dtype:
 
 
 def _source(
-    config: TrainConfig, family: Family, policy: Policy, held_out: Sequence[str], run: Run
+    config: TrainConfig,
+    wants: Wants,
+    family: Family,
+    policy: Policy,
+    held_out: Sequence[str],
+    run: Run,
 ) -> Source:
     reduce = config.objective.reduce
     if config.offline is not None:
         cache = cached_pairs(config.offline, family, run, held_out)
-        return OfflineSource(config.offline, config.optim, family, cache, run, reduce)
+        return OfflineSource(config.offline, config.optim, family, cache, run, reduce, wants)
     assert config.online is not None  # the config's validator put it there
     judge, names = _judge(config.online, run)
     prompts = _training_prompts(config.online, config.run.seed, held_out)
@@ -223,6 +229,7 @@ def _source(
         prompts,
         run,
         reduce,
+        wants,
     )
 
 

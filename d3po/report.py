@@ -90,7 +90,7 @@ def read_run(path: str | Path) -> RunRecord:
         path=folder.path,
         config=config,
         rounds=[row for row in rows if row["kind"] == "round"],
-        updates=[row for row in rows if row["kind"] == "update" and row["pairs"]],
+        updates=[row for row in rows if row["kind"] == "update" and "loss" in row],
         evaluation=_evaluation(folder, rows, config),
         seconds=_seconds(_lines(folder.timing)),
     )
@@ -433,8 +433,9 @@ def curves(record: RunRecord) -> list[Curve]:
         steps = [row["step"] for row in record.rounds]
         found.append((f"reward of the rollouts: {judge}", steps, _column(record.rounds, judge)))
     for key, title in _WATCHED.items():
-        values = [np.nan if row[key] is None else row[key] for row in record.updates]
-        found.append((title, [row["step"] for row in record.updates], values))
+        rows = [row for row in record.updates if key in row]
+        values = [np.nan if row[key] is None else row[key] for row in rows]
+        found.append((title, [row["step"] for row in rows], values))
     return [curve for curve in found if len(set(curve[2])) > 1]
 
 

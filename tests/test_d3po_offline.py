@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, load_family
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import (
     OfflineConfig,
     OfflineSource,
@@ -28,7 +29,7 @@ from d3po.offline import (
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.sampling import image_noise
-from d3po.trainer import BoundObjective, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
 from fifa.config import InputError
 from fifa.images import encode_png, to_batch
 from fifa.pairs import held_out

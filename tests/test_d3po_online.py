@@ -23,22 +23,14 @@ from d3po.draws import derive_seed, shuffled
 from d3po.families import guided, load_family
 from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
-from d3po.online import (
-    FileJudge,
-    Judge,
-    OnlineConfig,
-    OnlineSource,
-    Place,
-    RewardJudge,
-    Scores,
-    groups_per_update,
-    strict_pairs,
-    trained_steps,
-)
+from d3po.judging import FileJudge, Judge, Place, RewardJudge, Scores, strict_pairs
+from d3po.losses import BoundObjective, ObjectiveConfig
+from d3po.online import OnlineConfig, OnlineSource, groups_per_update, trained_steps
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.schedule import TimeGrid
-from d3po.trainer import BoundObjective, Chunk, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
+from d3po.updates import Chunk
 from fifa.config import InputError
 from fifa.rewards import load_reward
 

@@ -15,21 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from d3po.families import Family, load_family
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import dpo
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
-from d3po.trainer import (
-    BoundObjective,
-    Chunk,
-    Learner,
-    ObjectiveConfig,
-    OptimConfig,
-    Round,
-    Update,
-    fit,
-    train_step,
-    whole_rounds,
-)
+from d3po.trainer import Learner, OptimConfig, fit, train_step, whole_rounds
+from d3po.updates import Chunk, Round, Update
 from fifa.config import InputError
 
 COND_SEED, ROWS = 3, 4
@@ -109,18 +100,12 @@ def test_an_objective_gets_its_numbers_and_keeps_its_defaults() -> None:
     # both ratios are clipped: 2 * (log 1.2 - log 0.8)
     expected = math.log1p(math.exp(-2 * (math.log(1.2) - math.log(0.8))))
     assert float(bound(far, -far, zero, zero)) == pytest.approx(expected)
-    watched = dict(
-        zip(
-            ("accuracy", "margin", "win", "lose", "clipped"),
-            bound.watch(far, -far, zero, zero),
-            strict=True,
-        )
-    )
+    watched = bound.watch({"win": far, "lose": -far, "ref_win": zero, "ref_lose": zero})
     assert {k: float(v) for k, v in watched.items()} == {
         "accuracy": 1.0,
         "margin": 20.0,
-        "win": 5.0,
-        "lose": -5.0,
+        "win_ratio": 5.0,
+        "lose_ratio": -5.0,
         "clipped": 1.0,
     }
 

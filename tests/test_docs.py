@@ -29,6 +29,9 @@ SMALLER = {
     r"(benchmarks/filter\.py)": r"\1 --small",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",
+    r"(methods\.py online \S+)": r"\1 --rates 1e-3 2e-3 --methods d3po",
+    r"(methods\.py stored)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
+    "--methods dpo kto --prompts 2 --images 2",
     r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "
     "optim.accumulation=1 online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 "
     "online.prompt_count=20 eval.count=1 eval.images=2",

@@ -29,8 +29,9 @@ ORDER = {
         " | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
-        " | run, health | trainer | offline, online, evaluate, annotate, export"
+        "draws, schedule, advantage, judging | sampling | likelihood, objectives | updates | losses"
+        " | families | generate | policy | run, health | trainer"
+        " | offline, online, evaluate, annotate, export"
         " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
