@@ -150,11 +150,14 @@ def cached_pairs(
 def _cache_key(
     config: OfflineConfig, table: PairTable, family: Family, excluded: frozenset[str]
 ) -> str:
+    empty = family.encode_text([""]).tensors
     choice = [
         config.held_out_fraction,
         config.held_out_seed,
         config.cache_dtype,
         family.image_size,
+        # how many tokens, and whether the empty prompt is encoded, is not told by the weights
+        [[name, *tensor.shape[1:], bool(tensor.any())] for name, tensor in empty.items()],
         sorted(excluded),
     ]
     return fingerprint(table.fingerprint(), *_encoder_bytes(family), json.dumps(choice))

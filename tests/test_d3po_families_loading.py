@@ -13,12 +13,15 @@ import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
 from original_names import one_file
+from pair_files import write_pairs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d3po import families
 from d3po.families import FAMILIES, FamilyConfig, guided, load_family
+from d3po.offline import OfflineConfig, _cache_key
 from fifa.config import InputError
+from fifa.pairs import PairTable
 
 PROMPTS = ["a red circle above a blue square", "", "two small green triangles"]
 
@@ -333,3 +336,19 @@ def test_a_file_that_is_no_model_is_one_sentence(tiny_sd: Path, tmp_path: Path) 
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"no\.safetensors"):
         load_family(missing)
+
+
+def test_another_length_of_text_is_another_cache(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.sd3, tmp_path / "sd3")
+    config = OfflineConfig(data=str(write_pairs(tmp_path / "pairs.parquet", rows=4)))
+    table = PairTable.open(config.data)
+    keys = {
+        _cache_key(config, table, load_family(folder, config=how), frozenset())
+        for how in (
+            FamilyConfig(),
+            FamilyConfig(t5_tokens=20),
+            FamilyConfig(t5=False),
+            FamilyConfig(image_size=32),
+        )
+    }
+    assert len(keys) == 4
