@@ -28,6 +28,8 @@ SMALLER = {
     r"--seeds 0 1 2": "--seeds 0",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",
+    r"(benchmarks/scoring\.py) --pairs \d+ --repeats \d+": r"\1 --pairs 2 --repeats 1 "
+    "--model ViT-S-32-alt",
     r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "
     "optim.accumulation=1 online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 "
     "online.prompt_count=20 eval.count=1 eval.images=2",
