@@ -26,6 +26,7 @@ from torch import Tensor
 
 from d3po import recipe
 from d3po.families import guided, load_family
+from d3po.families.conditioning import Conditioning
 from d3po.generate import SamplerConfig
 from d3po.judging import Place, Scores
 from d3po.losses import BoundObjective, ObjectiveConfig
@@ -110,7 +111,7 @@ def doubled(chunk: Chunk | Rated) -> Chunk | Rated:
 
     def again(score: Any) -> Any:
         latents, cond, steps = score.args
-        return partial(score.func, latents.double(), cond.double(), steps)
+        return partial(score.func, latents.double(), cond.to(torch.float64), steps)
 
     if isinstance(chunk, Chunk):
         return replace(chunk, logp=again(chunk.logp), ref=None)
@@ -136,9 +137,9 @@ def step(learner: Learner, update: Update, run: Run) -> tuple[Tensor, dict[str, 
 class Written:
     """All that the equations name, from the densities, in float64: (12 images, 3 steps) each."""
 
-    def __init__(self, learner: Learner, source: OnlineSource, latents: Tensor, cond: Tensor):
+    def __init__(self, learner: Learner, source: OnlineSource, latents: Tensor, cond: Conditioning):
         self.learner, self.source = learner, source
-        self.latents, self.cond = latents.double(), cond.double()
+        self.latents, self.cond = latents.double(), cond.to(torch.float64)
 
     def score(self) -> tuple[Tensor, Tensor]:
         """(mean of the squared z of every element, the steps' means over sigma)."""

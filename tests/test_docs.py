@@ -32,6 +32,8 @@ SMALLER = {
     r"(methods\.py online \S+)": r"\1 --rates 1e-3 2e-3 --methods d3po",
     r"(methods\.py stored)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--methods dpo kto --prompts 2 --images 2",
+    r"(benchmarks/scoring\.py) --pairs \d+ --repeats \d+": r"\1 --pairs 2 --repeats 1 "
+    "--model ViT-S-32-alt",
     r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "
     "optim.accumulation=1 online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 "
     "online.prompt_count=20 eval.count=1 eval.images=2",

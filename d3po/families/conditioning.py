@@ -41,9 +41,9 @@ class Conditioning:
         """The rows, `times` over."""
         return self._each(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        """On another device."""
-        return self._each(lambda tensor: tensor.to(device))
+    def to(self, place: torch.device | torch.dtype | str) -> Conditioning:
+        """On another device, or in another precision."""
+        return self._each(lambda tensor: tensor.to(place))
 
     @classmethod
     def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
