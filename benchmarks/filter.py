@@ -303,9 +303,9 @@ def quantiles(x: np.ndarray) -> list[float]:
     return np.quantile(x, [0.05, 0.25, 0.5, 0.75, 0.95]).round(3).tolist()
 
 
-def run_part(name: str, small: bool) -> dict[str, Any]:
+def run_part(name: str, options: list[str]) -> dict[str, Any]:
     """A part in its own process: its numbers, its peak memory, and how busy the machine was."""
-    command = [sys.executable, __file__, "--part", name, *(["--small"] if small else [])]
+    command = [sys.executable, __file__, "--part", name, *options]
     before = os.getloadavg()[0]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
@@ -319,9 +319,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a thousandth of the work")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--part", choices=PARTS, help="run one part here and print its numbers")
+    parser.add_argument("--many", type=int, help="rows of part million, 10 GB each million")
     parser.add_argument("--out", type=Path, help="JSON file; parts that are not run stay in it")
     args = parser.parse_args()
     size = SMALL if args.small else Size()
+    size = replace(size, many=args.many or size.many)
     if args.part:
         nearest(embeddings(100, 32), 1)  # libraries are loaded before a clock runs
         numbers = PARTS[args.part](size)
@@ -335,7 +337,8 @@ def main() -> None:
     results["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     results["threads"] = torch.get_num_threads()
     for name in args.parts:
-        results[name] = run_part(name, args.small)
+        options = ["--many", str(size.many), *(["--small"] if args.small else [])]
+        results[name] = run_part(name, options)
         print(f"{name}\n{json.dumps(results[name], indent=2)}", flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -265,7 +265,7 @@ def _report(
 ) -> dict[str, Any]:
     margin = terms.win - terms.lose
     dear = {name: affordable(name, terms, len(chosen)) for name in SELECTORS}
-    sets = {config.method: chosen}
+    sets: dict[str, Ints] = {config.method: chosen}
     for name in SELECTORS:
         if name != config.method and dear[name] is None:
             sets[name] = _choose(terms, config, len(chosen), name)
