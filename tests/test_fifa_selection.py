@@ -345,7 +345,7 @@ def test_what_is_too_dear_says_so() -> None:
     assert [name for name in SELECTORS if affordable(name, terms, 50)] == []
     huge = dataclasses.replace(terms, vectors=np.broadcast_to(np.float32(1), (10**6, 768)))
     assert affordable("margin", huge, 5000) is None
-    for name, k in (("facility_location", 5000), ("margin", 10**6)):
+    for name, k in (("facility_location", 5000), ("greedy", 50_000), ("margin", 10**6)):
         assert "more than 2e+13" in (affordable(name, huge, k) or "")
 
 

@@ -97,15 +97,19 @@ class _Cells:
             min_points_per_centroid=1,
         )  # fmt: skip
         means.train(x)
-        kind = torch.bfloat16 if fast_bfloat16() else torch.float32
-        self._rough = torch.from_numpy(x).to(kind)
+        self._kind = torch.bfloat16 if fast_bfloat16() else torch.float32
         self._means = torch.from_numpy(means.centroids)
         self._half_mean = self._means.square().sum(1) / 2
         home = np.concatenate([cells[:, 0] for cells in self._nearest_cells(1)])
         self._home = home
         self._members = np.argsort(home, kind="stable")
         self._edge = np.searchsorted(home[self._members], np.arange(count + 1))
-        self._by_cell = self._rough[torch.from_numpy(self._members)]
+        self._place = np.empty(len(x), dtype=np.int64)
+        self._place[self._members] = np.arange(len(x))
+        self._by_cell = torch.empty(x.shape, dtype=self._kind)
+        for start in range(0, len(x), 1024):  # a whole reordered copy in float32 would be large
+            part = slice(start, start + 1024)
+            self._by_cell[part] = torch.from_numpy(x[self._members[part]])
         self._half = torch.from_numpy(np.einsum("ij,ij->i", x, x) / 2)[self._members]
 
     def _nearest_cells(
@@ -116,9 +120,9 @@ class _Cells:
 
         chosen = np.arange(len(self._x))[rows]
         step = max(1, _HELD // len(self._means))
-        means = self._means.to(self._rough.dtype).T.contiguous()
+        means = self._means.to(self._kind).T.contiguous()
         for start in range(0, len(chosen), step):
-            part = self._rough[torch.from_numpy(chosen[start : start + step])]
+            part = torch.from_numpy(self._x[chosen[start : start + step]]).to(self._kind)
             yield torch.sub(part @ means, self._half_mean).topk(probes, dim=1).indices.numpy()
 
     def probes_for(self, truth: _Truth, wanted: float) -> int:
@@ -156,7 +160,7 @@ class _Cells:
         import torch
 
         members = slice(self._edge[cell], self._edge[cell + 1])
-        product = self._rough[torch.from_numpy(rows)] @ self._by_cell[members].T
+        product = self._by_cell[self._place[rows]] @ self._by_cell[members].T
         return torch.sub(product, self._half[members])
 
     def _measured(

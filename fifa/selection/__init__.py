@@ -82,8 +82,12 @@ def _random(terms: Terms, k: int, cap: int | None, seed: int) -> Ints:
 
 
 def _step_by_step(terms: Terms, k: int) -> float:
-    """At worst every prompt meets every member."""
-    return float(k) * terms.vectors.size
+    """Each pick meets the members and about a tenth of the prompts, at the speed of memory.
+
+    That is some 20 times slower than a product of matrices.
+    """
+    met = min(k, len(terms.vectors)) / 2 + len(terms.vectors) / 10
+    return 20.0 * k * met * terms.vectors.shape[1]
 
 
 def _all_with_all(terms: Terms, k: int) -> float:
