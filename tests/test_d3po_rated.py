@@ -149,7 +149,8 @@ class Written:
         squares, means = [], []
         for i in range(len(grid)):
             x_t, x_s = self.latents[:, i], self.latents[:, i + 1]
-            abar_t, abar_s, sigma = (float(r[i]) for r in (grid.abar_t, grid.abar_s, grid.sigma))
+            abar_t = float(family.schedule.alpha_sigma(grid.times[i : i + 1])[0]) ** 2
+            abar_s, sigma = float(grid.to_x0[i]) ** 2, float(grid.sigma[i])
             eps = predict(x_t, grid.times[i].expand(len(x_t)))
             x0 = (x_t - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
             mean = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s - sigma**2) * eps
