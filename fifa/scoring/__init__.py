@@ -108,7 +108,8 @@ def score(
     folder holds scores of other data or settings, another process is writing to it, a file cannot
     be read or written, or not one row can be scored.
     """
-    scorer = load_scorer(config)
+    # With Ray this process scores nothing and may have no GPU: it asks for names and versions.
+    scorer = load_scorer(config, "cpu" if config.ray else config.device)
     with _only_writer(config.out):
         manifest = _manifest(config, scorer)
         _check_same(config.out, manifest)
@@ -125,20 +126,20 @@ def score(
 
 def score_share(config: ScoreConfig, team: Team) -> None:
     """Score what falls to a further member of a team, once the first has seen to the folder."""
-    scorer = load_scorer(config)
+    scorer = load_scorer(config, config.device)
     team.wait()
     _score_groups(scorer, scorer.groups(), no_progress, team)
 
 
-def load_scorer(config: ScoreConfig) -> GroupScorer:
-    """Data, reward and judge of a pass, on the pass's device."""
+def load_scorer(config: ScoreConfig, device: str) -> GroupScorer:
+    """Data, reward and judge of a pass, their networks on the device."""
     table = open_data(config.data, config.text_only)
     reward = None
     if not config.text_only:
-        reward = _on(load_reward(config.reward, **config.reward_args), config.device)
+        reward = _on(load_reward(config.reward, **config.reward_args), device)
     judge = load_judge(config.judge, **config.judge_args)
     if "device" not in config.judge_args:
-        judge = _on(judge, config.device, "judge")
+        judge = _on(judge, device, "judge")
     return GroupScorer(config, table, reward, CachedJudge(judge, config.out / "judge.sqlite"))
 
 

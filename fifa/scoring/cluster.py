@@ -74,7 +74,7 @@ class _Actor:
         if self.scorer is None:
             from fifa.scoring import load_scorer
 
-            self.scorer = load_scorer(self.config)
+            self.scorer = load_scorer(self.config, self.config.device)
         ((_, shard),) = self.scorer.shards([group], lambda *_: None)
         return _packed(shard)
 
