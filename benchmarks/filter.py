@@ -239,11 +239,11 @@ def greedy(size: Size) -> dict[str, Any]:
             row["f"] / exact["f"],
             row["seconds"] / exact["seconds"],
         )
-    same = sets["lazy greedy"] == sets["exact greedy without bounds"]
+    same = np.isin(sets["lazy greedy"], sets["exact greedy without bounds"])
     return {
         "size": asdict(size),
         "methods": rows,
-        "lazy picks equal to exact": float(same.mean()),
+        "share of the exact set in the lazy set": float(same.mean()),
     }
 
 

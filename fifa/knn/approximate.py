@@ -123,7 +123,8 @@ class _Cells:
         means = self._means.to(self._kind).T.contiguous()
         for start in range(0, len(chosen), step):
             part = torch.from_numpy(self._x[chosen[start : start + step]]).to(self._kind)
-            yield torch.sub(part @ means, self._half_mean).topk(probes, dim=1).indices.numpy()
+            scores = (part @ means).float().sub_(self._half_mean)
+            yield scores.topk(probes, dim=1).indices.numpy()
 
     def probes_for(self, truth: _Truth, wanted: float) -> int:
         """How many cells must be looked into to meet the `wanted` share of true neighbours."""
@@ -157,11 +158,10 @@ class _Cells:
 
     def _scores(self, rows: Ids, cell: int) -> torch.Tensor:
         """How near the members of a cell are to rows that look into it, (R, M)."""
-        import torch
 
         members = slice(self._edge[cell], self._edge[cell + 1])
         product = self._by_cell[self._place[rows]] @ self._by_cell[members].T
-        return torch.sub(product, self._half[members])
+        return product.float().sub_(self._half[members])
 
     def _measured(
         self, start: int, scores: torch.Tensor, ids: torch.Tensor, k: int

@@ -24,6 +24,7 @@ Distances = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 _STRIP = 1 << 25  # scores of a block of rows against all, held at once
+_CHUNK = 64  # scores of which the largest is looked at first
 _PAIRS = 256  # measured at once: two blocks of vectors that stay in a core's own cache
 
 
@@ -96,7 +97,8 @@ class _Search:
         import torch
 
         self._k = k
-        self.block = max(1, _STRIP // len(x))  # rows to ask about at once
+        width = -(-len(x) // _CHUNK) * _CHUNK
+        self.block = max(1, min(len(x), _STRIP // width))  # rows to ask about at once
         self._limit = min(len(x) - 1, max(number.candidates, 4 * k))
         exact = torch.from_numpy(x)
         self._rough = exact.to(getattr(torch, number.dtype))
@@ -110,7 +112,10 @@ class _Search:
             self._half[part] = square / 2
             self._length[part] = square.sqrt()
             self._rounding[part] = (exact[part].double() - self._rough[part].double()).norm(dim=1)
-        self._space = [torch.empty(self.block, len(x), dtype=d) for d in (self._rough.dtype, wide)]
+        self._space = (
+            torch.empty(self.block, len(x), dtype=self._rough.dtype),
+            torch.full((self.block, width), -torch.inf, dtype=wide),
+        )
         self._stored = torch.finfo(self._rough.dtype).eps / 2  # of the product as it is stored
         self._summed = torch.finfo(wide).eps / 2 * (x.shape[1] + 4)  # of the terms added up
 
@@ -140,15 +145,35 @@ class _Search:
         chosen = torch.from_numpy(rows)
         products, scores = self._space[0][: len(rows)], self._space[1][: len(rows)]
         torch.mm(self._rough[chosen], self._rough.T, out=products)
-        torch.sub(products, self._half, out=scores)
+        scores[:, : len(self._half)] = products  # converted first: mixed formats subtract slowly
+        scores[:, : len(self._half)] -= self._half
         scores[torch.arange(len(rows)), chosen] = -torch.inf
-        best, ids = scores.topk(self._limit, dim=1)
-        best = best.double()
+        best, ids, missed = self._best(scores)
         kth = best[:, self._k - 1]
-        within = best >= (kth - 2 * self._bound(chosen, kth))[:, None]
-        crowded = within[:, -1] & torch.tensor(self._limit < len(self._half) - 1)
+        lowest = kth - 2 * self._bound(chosen, kth)
+        within = best >= lowest[:, None]
+        crowded = missed >= lowest
         asked, place = within.nonzero(as_tuple=True)
         return asked.numpy(), ids[asked, place].numpy(), crowded.numpy()
+
+    def _best(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The best scores of each row in order, whose they are, and a bound of all others.
+
+        They lie in the chunks with the largest maxima, and maxima are quick to find.
+        """
+        import torch
+
+        chunks = scores.unflatten(1, (-1, _CHUNK))
+        peaks, which = chunks.amax(2).topk(min(self._limit + 1, chunks.shape[1]), dim=1)
+        held = chunks[torch.arange(len(scores))[:, None], which].flatten(1)
+        best, place = held.topk(min(self._limit + 1, held.shape[1]), dim=1)
+        ids = which.gather(1, place // _CHUNK) * _CHUNK + place % _CHUNK
+        missed = torch.full((len(scores),), -torch.inf, dtype=torch.float64)
+        if best.shape[1] > self._limit:
+            missed = best[:, self._limit].double()
+        if peaks.shape[1] > self._limit:
+            missed = torch.maximum(missed, peaks[:, self._limit].double())
+        return best[:, : self._limit].double(), ids[:, : self._limit], missed
 
 
 def measure(x: Vectors, first: Ids, second: Ids) -> Distances:

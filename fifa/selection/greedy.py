@@ -108,6 +108,8 @@ class Offers:
         self._group = np.full(len(numbers), -1)
         self._group[there] = terms.groups[self._order[self._head[there]]]
         self._by_group = np.argsort(self._group, kind="stable")
+        self._sorted_groups = self._group[self._by_group]
+        self.closed = np.empty(0, dtype=np.int64)  # prompts that the last pair taken leaves nothing
         self._taken: dict[int, int] = {}
         self._sizes = np.unique(terms.groups, return_counts=True)[1]
 
@@ -132,13 +134,16 @@ class Offers:
         pair = self.pair(prompt)
         self._head[prompt] += 1
         more = self._head[prompt] < self._stop[prompt]
-        self.value[prompt] = self._own[self.pair(prompt)] if more else -np.inf
+        if more:
+            self.value[prompt] = self._own[self.pair(prompt)]
         group = int(self._group[prompt])
         self._taken[group] = self._taken.get(group, 0) + 1
         if self._taken[group] == self._cap:
-            sorted_groups = self._group[self._by_group]
-            first, last = np.searchsorted(sorted_groups, [group, group + 1])
-            self.value[self._by_group[first:last]] = -np.inf
+            first, last = np.searchsorted(self._sorted_groups, [group, group + 1])
+            self.closed = self._by_group[first:last]
+        else:
+            self.closed = np.array([] if more else [prompt], dtype=np.int64)
+        self.value[self.closed] = -np.inf
         return pair
 
 
@@ -218,7 +223,7 @@ class _Pool:
 
     def outside_from(self, best: float) -> Ints:
         """Some prompts outside the pool whose bound reaches `best`, those of the largest bounds."""
-        reaching = np.flatnonzero((self._bound >= best) & np.isfinite(self._bound))
+        reaching = np.flatnonzero(self._bound >= max(best, -np.finfo(np.float64).max))
         if len(reaching) > _BLOCK:
             reaching = reaching[np.argpartition(-self._bound[reaching], _BLOCK)[:_BLOCK]]
         return reaching
@@ -269,5 +274,5 @@ class _Pool:
         self._harm += np.minimum(0, to_pool[-1] - own, dtype=np.float64)
         self._nearest[self._ids] = np.minimum(self._nearest[self._ids], to_pool[-1])
         pair = self._offers.take(prompt)
-        self._bound[~np.isfinite(self._offers.value)] = -np.inf
+        self._bound[self._offers.closed] = -np.inf
         return pair
