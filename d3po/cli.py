@@ -69,14 +69,40 @@ def train(
     from d3po import recipe
     from fifa.config import to_yaml
 
-    files = [text for text in settings if "=" not in text]
-    if len(files) > 1:
-        raise InputError(f"one config file at most, got {', '.join(files)}")
-    overrides = [text for text in settings if "=" in text]
-    config = recipe.load(files[0] if files else None, overrides)
+    config = recipe.load(*_file_and_overrides(settings))
     print(f"{to_yaml(config)}\n{recipe.arithmetic(config)}", flush=True)
     if not dry_run:
         recipe.train(config)
+
+
+@app.command()
+def preflight(
+    settings: Annotated[
+        list[str], typer.Argument(metavar="CONFIG.yaml | KEY=VALUE", help="File, then overrides.")
+    ],
+    memory: Annotated[
+        float | None, typer.Option(help="GB of the device; default: of this machine.", min=0)
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="Of a GPU that is not here: matrix TFLOP/s (A100 bf16: 312).", min=0),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Devices that train together.", min=1)] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here too.")
+    ] = None,
+) -> None:
+    """Predict memory, time and disk of a training from config files alone: no weights are read."""
+    from d3po import preflight as ahead
+    from d3po import recipe
+
+    config = recipe.load(*_file_and_overrides(settings))
+    device, rates, process = ahead.place(tflops, config.run.mixed_precision)
+    found = ahead.forecast(config, device, rates, process, processes)
+    available = ahead.available_memory(device) if memory is None else memory * ahead.GB
+    print(ahead.told(found, None if tflops and memory is None else available))
+    if json_file is not None:
+        write_atomic(json_file, found.to_json())
 
 
 @app.command()
@@ -199,17 +225,41 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
     form: Annotated[
-        str, typer.Option("--format", help="lora, or merged: a whole diffusers pipeline.")
+        str,
+        typer.Option(
+            "--to",
+            "--format",
+            help="lora, kohya (ComfyUI, A1111), merged (a whole pipeline), denoiser (its network "
+            "alone), single-file (original names).",
+        ),
     ] = "lora",
+    live: Annotated[
+        bool, typer.Option(help="Weights of the last checkpoint, not their average (EMA).")
+    ] = False,
+    repository: Annotated[
+        str | None, typer.Option("--push", help="Also upload to the Hub: user/name.")
+    ] = None,
+    public: Annotated[bool, typer.Option(help="What is pushed is for all to see.")] = False,
 ) -> None:
     """Write a run's weights as others load them, with a model card."""
     from d3po.export import export as write
+    from d3po.export.hub import push
     from d3po.recipe import load_run
     from d3po.run import RunFolder, flatten
 
-    config, policy = load_run(run)
-    write(policy, RunFolder(run), flatten(config.model_dump()), form, out)
+    config, policy = load_run(run, live=live)
+    with nullcontext() if live else policy.averaged():
+        write(policy, RunFolder(run), flatten(config.model_dump()), form, out)
     print(f"{form} weights and a model card are in {out}")
+    if repository is not None:
+        print(f"pushed to {push(out, repository, private=not public)}")
+
+
+def _file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
+    files = [text for text in settings if "=" not in text]
+    if len(files) > 1:
+        raise InputError(f"one config file at most, got {', '.join(files)}")
+    return files[0] if files else None, [text for text in settings if "=" in text]
 
 
 def _changed(config: Any, **changes: Any) -> Any:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from d3po.draws import derive_seed
 from d3po.families import Family
 from d3po.generate import SamplerConfig, generate, independent_orders
-from d3po.health import compare_diversity, compare_judges
+from d3po.health import Health
+from d3po.health.pictures import TONES, tone
 from d3po.policy import Policy
 from d3po.run import Run, plain
-from fifa.config import Config
+from fifa.config import Config, InputError
 from fifa.images import Pixels, grid, to_uint8
 from fifa.rewards import Reward, score_images
 
@@ -73,6 +74,7 @@ class PromptResult:
     pixel_distance: float  # mean over pairs of pictures, root mean square difference in [0, 1]
     latent_distance: float  # the same in latents
     pictures: list[Pixels]  # empty where nobody wants to see them
+    tone: tuple[float, float] = (math.nan, math.nan)  # mean brightness and saturation
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Evaluation:
         float, float
     ]  # policy, reference: mean distance of two pictures of a prompt
     latent_diversity: tuple[float, float]
+    brightness: tuple[float, float] = (math.nan, math.nan)
+    saturation: tuple[float, float] = (math.nan, math.nan)
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -114,15 +118,12 @@ class Evaluation:
         for result in self.judges:
             values = asdict(result)
             judges[values.pop("judge")] = values
-        return {
-            "judges": judges,
-            "pixel_diversity": dict(
-                zip(("policy", "reference"), self.pixel_diversity, strict=True)
-            ),
-            "latent_diversity": dict(
-                zip(("policy", "reference"), self.latent_diversity, strict=True)
-            ),
+        both = ("pixel_diversity", "latent_diversity", *TONES)
+        pairs = {
+            name: dict(zip(("policy", "reference"), getattr(self, name), strict=True))
+            for name in both
         }
+        return {"judges": judges, **pairs}
 
 
 def measure(
@@ -151,6 +152,7 @@ def measure(
     done = 0
     for part in generate(family, denoiser, sampler, orders):
         texts = [order.prompt for order in orders[done : done + len(part.images)]]
+        _check_finite(part.images)
         scores = torch.stack([score_images(reward, part.images, texts) for reward in rewards], 1)
         waiting += zip(scores.cpu(), part.images.cpu(), part.trajectory.x0.cpu(), strict=True)
         done += len(part.images)
@@ -162,13 +164,25 @@ def measure(
     return results
 
 
+def _check_finite(images: Tensor) -> None:
+    broken = int((~images.isfinite().flatten(1).all(1)).sum())
+    if broken:
+        raise InputError(
+            f"{broken} of {len(images)} pictures to be judged are NaN: the network or the VAE "
+            "overflows, or its weights are broken; use run.mixed_precision bf16 or no, or go back "
+            "to an earlier checkpoint"
+        )
+
+
 def _prompt_result(drawn: Sequence[tuple[Tensor, Tensor, Tensor]], keep: bool) -> PromptResult:
     scores, pictures, latents = (torch.stack(column) for column in zip(*drawn, strict=True))
+    shades = tone(pictures).mean(0)
     return PromptResult(
         scores.double().numpy(),
         mean_distance(pictures),
         mean_distance(latents),
         list(to_uint8(pictures)) if keep else [],
+        (float(shades[0]), float(shades[1])),
     )
 
 
@@ -205,7 +219,13 @@ def compare(
             float(np.mean([result.latent_distance for result in policy])),
             float(np.mean([result.latent_distance for result in reference])),
         ),
+        brightness=(_mean_tone(policy, 0), _mean_tone(reference, 0)),
+        saturation=(_mean_tone(policy, 1), _mean_tone(reference, 1)),
     )
+
+
+def _mean_tone(results: Sequence[PromptResult], which: int) -> float:
+    return float(np.mean([result.tone[which] for result in results]))
 
 
 def judge_result(
@@ -312,8 +332,10 @@ class Evaluator:
         rewards: Sequence[Reward],
         prompts: Sequence[str],
         run: Run,
+        health: Health | None = None,
     ) -> None:
         self.config, self.sampler, self.run = config, sampler, run
+        self.health = Health() if health is None else health
         self.family, self.policy = family, policy
         self.rewards, self.prompts = rewards, prompts
         self._reference: list[PromptResult] | None = None
@@ -330,11 +352,11 @@ class Evaluator:
             with self.policy.averaged():
                 policy = self._measure()
         result = compare(policy, self._reference, self.config.judges, self.config.seed)
-        self.run.record("eval", step, result.metrics())
+        self.health.follow(self.run, "eval", step, result.metrics())
         if self.config.grid_prompts:
             picture = before_after(self.prompts, policy, self._reference)
             self.run.save_image(f"step-{step:06d}", picture)
-        self._tell(step, result)
+        self.run.say(f"evaluation at step {step}: " + "; ".join(map(sentence, result.judges)))
         self.run.status("training")
         return result
 
@@ -351,12 +373,6 @@ class Evaluator:
             keep_pictures=lambda row: row < self.config.grid_prompts,
         )
         return self.run.collect(own)
-
-    def _tell(self, step: int, result: Evaluation) -> None:
-        self.run.say(f"evaluation at step {step}: " + "; ".join(map(sentence, result.judges)))
-        intervals = {judge.judge: judge.difference_interval for judge in result.judges}
-        for warning in compare_judges(intervals) + compare_diversity(*result.pixel_diversity):
-            self.run.say(f"warning: {warning}")
 
 
 def sentence(result: JudgeResult) -> str:

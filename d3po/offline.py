@@ -191,18 +191,19 @@ def build_cache(
             else:
                 dropped[item.kind] += 1
                 skipped.write(item.line())
-            if len(waiting) == config.encode_batch:
-                writer.add(waiting)
+            if len(waiting) == config.encode_batch or done == table.num_rows:
+                for lost in writer.add(waiting):
+                    dropped[lost.kind] += 1
+                    skipped.write(lost.line())
                 waiting = []
                 advance(done, f"{writer.count} pairs")
-    if waiting:
-        writer.add(waiting)
     advance(table.num_rows, f"{writer.count} pairs")
     writer.finish({"rows": table.num_rows, "pairs": writer.count, "dropped": dict(dropped)})
 
 
 @dataclass(frozen=True)
 class _Decoded:
+    row: int
     prompt: str
     win: Pixels
     lose: Pixels
@@ -249,10 +250,10 @@ def _pictures(pair: Pair, row: int, size: int) -> _Decoded | _Dropped:
         win, lose = (decode(data, pair.provenance) for data in (pair.win, pair.lose))
     except InputError as error:
         return _Dropped("undecodable picture", row, str(error))
-    return _Decoded(pair.prompt, _fitted(win, size), _fitted(lose, size))
+    return _Decoded(row, pair.prompt, fitted(win, size), fitted(lose, size))
 
 
-def _fitted(hwc: Pixels, size: int) -> Pixels:
+def fitted(hwc: Pixels, size: int) -> Pixels:
     """Centre square, resized to the model's side (published: fixed square, centre crop)."""
     height, width = hwc.shape[:2]
     if height == width == size:
@@ -273,14 +274,22 @@ class _CacheWriter:
         self.prompts: dict[str, int] = {"": 0}
         self.count = 0
 
-    def add(self, pairs: Sequence[_Decoded]) -> None:
+    def add(self, pairs: Sequence[_Decoded]) -> list[_Dropped]:
+        """Encode and append; the pairs whose latents are NaN or infinite are handed back."""
+        if not pairs:
+            return []
         images = to_batch([pair.win for pair in pairs] + [pair.lose for pair in pairs])
         win, lose = self.family.encode_images(images.to(self.family.device)).chunk(2)
+        finite = torch.isfinite(torch.cat([win, lose], 1)).flatten(1).all(1).cpu()
+        lost = [_not_finite(pair) for pair, good in zip(pairs, finite, strict=True) if not good]
+        pairs = [pair for pair, good in zip(pairs, finite, strict=True) if good]
+        win, lose = win[finite.to(win.device)], lose[finite.to(lose.device)]
         rows = [self.prompts.setdefault(pair.prompt, len(self.prompts)) for pair in pairs]
         self._append("win", _numbers(win, self.dtype))
         self._append("lose", _numbers(lose, self.dtype))
         self._append("prompt", np.array(rows, dtype=np.int64))
         self.count += len(pairs)
+        return lost
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         prompts = list(self.prompts)
@@ -302,6 +311,12 @@ class _CacheWriter:
     def _append(self, name: str, values: NDArray[Any]) -> None:
         with (self.folder / f"{name}.bin").open("ab") as file:
             file.write(values.tobytes())
+
+
+def _not_finite(pair: _Decoded) -> _Dropped:
+    return _Dropped(
+        "NaN latents", pair.row, "its latents are not finite: the VAE overflows in this precision"
+    )
 
 
 def _numbers(values: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -31,6 +31,7 @@ from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
+from d3po.health.pictures import group_sums, picture_metrics
 from d3po.judging import Judge, Pairs, Place, Scores, strict_pairs
 from d3po.likelihood import PathScore, log_peak, path_logp, path_score
 from d3po.policy import Policy
@@ -160,7 +161,8 @@ class Rollout:
     latents: Tensor  # (N, T+1, C, h, w)
     cond: Conditioning  # N rows
     logp: Tensor  # (N, T), NaN at steps without a density
-    images: Tensor  # (N, 3, H, W)
+    images: Tensor  # (N, 3, H, W), black where latents are not finite
+    finite: NDArray[np.bool_]  # (N,) whether latents and picture are
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +220,10 @@ class OnlineSource:
         scores = self.run.everywhere(
             lambda: self.judge(rollout.images, rollout.prompts, rollout.places)
         )
+        # a picture that is not finite beats nobody, loses to nobody, and is worth the mean
+        scores = np.where(rollout.finite[:, None], scores, np.nan)
         verdict, metrics = self._verdict(scores, len(rollout.places))
+        metrics |= self._pictures(rollout, scores)
         self.run.status("training")
         return Round(metrics, self._updates(index, rollout, verdict))
 
@@ -237,13 +242,17 @@ class OnlineSource:
             for image in range(config.images)
         ]
         parts = list(generate(self.family, self.policy.bare, self.sampler, orders, self.reduce))
+        latents = torch.cat([part.trajectory.latents for part in parts])
+        images = torch.cat([part.images for part in parts])
+        finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
         return Rollout(
             places,
             [order.prompt for order in orders],
-            torch.cat([part.trajectory.latents for part in parts]),
+            latents,
             Conditioning.cat([part.cond for part in parts]),
             torch.cat([part.trajectory.logp for part in parts]),
-            torch.cat([part.images for part in parts]),
+            torch.where(finite[:, None, None, None], images, 0.0),
+            finite.cpu().numpy(),
         )
 
     def _own_groups(self) -> list[int]:
@@ -295,7 +304,12 @@ class OnlineSource:
         else:
             everything = self.wants.kind == "advantages"
             values = verdict.values.reshape(-1, images)
-            teaching = [group for group in groups if everything or np.any(values[group])]
+            finite = rollout.finite.reshape(-1, images)
+            teaching = [
+                group
+                for group in groups
+                if np.any(values[group]) or (everything and finite[group].any())
+            ]
             make = self._rated_block
         return [
             make(rollout, verdict, teaching[i : i + size]) for i in range(0, len(teaching), size)
@@ -317,6 +331,7 @@ class OnlineSource:
     def _rated_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
         size = self.config.images
         rows = np.concatenate([np.arange(group * size, (group + 1) * size) for group in groups])
+        rows = rows[rollout.finite[rows]]
         if self.wants.kind == "labels":
             rows = rows[verdict.values[rows] != 0]
         nobody = np.zeros(0, dtype=np.int64)
@@ -380,10 +395,18 @@ class OnlineSource:
         return path_score(predict, self.grid, schedule, latents, chosen, self.reduce)
 
     def _moments(self, values: Numbers) -> tuple[Numbers, Numbers]:
-        """Mean and standard deviation (R,) of values (N, R) over all processes."""
-        count, *rest = self.run.total([float(len(values)), *values.sum(0), *(values**2).sum(0)])
-        means, squares = np.array(rest).reshape(2, -1) / count
-        return means, np.sqrt(np.maximum(squares - means**2, 0))
+        """Mean and standard deviation (R,) of the finite values (N, R) over all processes."""
+        count = np.isfinite(values).sum(0).astype(float)
+        own = [*count, *np.nansum(values, 0), *np.nansum(values**2, 0)]
+        count, sums, squares = np.array(self.run.total(own)).reshape(3, -1)
+        means = sums / np.maximum(1.0, count)
+        return means, np.sqrt(np.maximum(squares / np.maximum(1.0, count) - means**2, 0))
+
+    def _pictures(self, rollout: Rollout, scores: Scores) -> dict[str, Any]:
+        """How the pictures of the round look, on all processes."""
+        clean = rollout.latents[:, -1]
+        own = group_sums(rollout.images, clean, scores[:, 0], len(rollout.places))
+        return picture_metrics(self.run.total(own))
 
     def _metrics(
         self, scores: Scores, pairs: Sequence[Sequence[tuple[int, int]]]
@@ -392,7 +415,7 @@ class OnlineSource:
         tied = float(sum(not own for own in pairs))
         unused = sum(self.config.images - len({i for pair in own for i in pair}) for own in pairs)
         counts = [
-            float(len(scores)),
+            float(np.isfinite(scores[:, 0]).sum()),
             float(len(pairs)),
             tied,
             float(unused),

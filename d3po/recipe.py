@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from d3po.evaluate import EvalConfig, Evaluator
 from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig
+from d3po.health import Health, HealthConfig
+from d3po.held_out import HeldOut, label_agreement, read_pairs
 from d3po.judging import FileJudge, Judge, RewardJudge
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import (
@@ -56,6 +58,9 @@ class TrainConfig(Config):
     online: OnlineConfig | None = Field(None, description="Rollouts and judges, for method d3po.")
     offline: OfflineConfig | None = Field(None, description="The data set, for method dpo.")
     eval: EvalConfig = Field(EvalConfig(), description="Comparisons with the reference.")
+    health: HealthConfig = Field(
+        HealthConfig(), description="What is unusual, said in warnings; when to stop."
+    )
     run: RunConfig = Field(description="Folder, seed, precision, checkpoints, trackers.")
 
     @model_validator(mode="before")
@@ -173,16 +178,21 @@ def train(config: TrainConfig) -> RunFolder:
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
         policy = Policy(family, config.policy)
         held_out = evaluation_prompts(config)
+        health = Health(config.health, config.objective.beta)
         source = _source(config, objective.wants, family, policy, held_out, run)
-        evaluator = _evaluator(config, family, policy, held_out, run)
+        evaluator = _evaluator(config, family, policy, held_out, run, health)
+        watch = _held_out(config, family, policy, run, health)
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
         _tell_what_was_skipped(source, run)
         with run.kernels():
-            fit(learner, source, run, evaluator, config.eval.every)
+            _check_labels(config, evaluator, run, health)
+            fit(learner, source, run, _all(evaluator, watch), config.eval.every, health)
         with policy.averaged():
             weights = run.save_weights(policy.save)
         run.say(f"weights are in {weights}")
+        if health.stopped is not None:
+            raise InputError(f"stopped, as health.stop asks: {health.stopped.words}")
         return run.folder
     finally:
         run.close()
@@ -240,12 +250,54 @@ def _judge(config: OnlineConfig, run: Run) -> tuple[Judge, list[str]]:
 
 
 def _evaluator(
-    config: TrainConfig, family: Family, policy: Policy, prompts: Sequence[str], run: Run
+    config: TrainConfig,
+    family: Family,
+    policy: Policy,
+    prompts: Sequence[str],
+    run: Run,
+    health: Health,
 ) -> Evaluator | None:
     if not prompts:
         return None
     rewards = [load_reward(name) for name in config.eval.judges]
-    return Evaluator(config.eval, config.sampler, family, policy, rewards, prompts, run)
+    return Evaluator(config.eval, config.sampler, family, policy, rewards, prompts, run, health)
+
+
+def _held_out(
+    config: TrainConfig, family: Family, policy: Policy, run: Run, health: Health
+) -> HeldOut | None:
+    if config.offline is None or not config.offline.held_out_fraction or not config.health.pairs:
+        return None
+    pairs = read_pairs(config.offline, config.health.pairs, family.image_size, kept_out=True)
+    if not pairs:
+        return None
+    objective, noise = config.objective, config.offline.noise
+    beta = 1.0 if objective.beta is None else objective.beta  # margins in plain log-ratios then
+    return HeldOut(pairs, family, policy, run, health, beta, noise, objective.reduce)
+
+
+def _check_labels(
+    config: TrainConfig, evaluator: Evaluator | None, run: Run, health: Health
+) -> None:
+    """Ask the evaluation's judges about the labels of training pairs, before the first step."""
+    wanted = config.health.pairs
+    if config.offline is None or not wanted or evaluator is None or run.start is not None:
+        return
+    size = evaluator.family.image_size
+    pairs = read_pairs(config.offline, wanted, size, kept_out=False)
+    if pairs:
+        health.follow(run, "labels", 0, label_agreement(pairs, evaluator.rewards))
+
+
+def _all(*watchers: Callable[[int], object] | None) -> Callable[[int], None] | None:
+    """One function of the step that calls each; None if there is none."""
+    own = [watcher for watcher in watchers if watcher is not None]
+
+    def call(step: int) -> None:
+        for watcher in own:
+            watcher(step)
+
+    return call if own else None
 
 
 def _tell_what_was_skipped(source: Source, run: Run) -> None:
@@ -313,21 +365,24 @@ def read_prompts(spec: str, count: int, seed: int) -> list[str]:
 # ---- a finished run -----------------------------------------------------------------------------
 
 
-def load_run(path: str | Path, device: str = "cpu") -> tuple[TrainConfig, Policy]:
+def load_run(
+    path: str | Path, device: str = "cpu", live: bool = False
+) -> tuple[TrainConfig, Policy]:
     """The settings of a run and its policy with the trained weights in place.
 
-    Takes <run>/weights, or the newest checkpoint of a run that has not ended.
+    Takes <run>/weights, which are the averaged ones if there is an average, or the newest
+    checkpoint of a run that has not ended; with `live` always that checkpoint.
     """
     folder = RunFolder(path)
     if not (folder.path / "config.yaml").is_file():
         raise InputError(f"{path} is not a run folder: it has no config.yaml")
     config = load(folder.path / "config.yaml")
     policy = Policy(load_family(config.model, device=device, config=config.family), config.policy)
-    if folder.weights.is_dir():
+    if folder.weights.is_dir() and not live:
         policy.load(folder.weights)
         return config, policy
     checkpoint = folder.newest()
     if checkpoint is None:
-        raise InputError(f"{path} has neither weights nor a checkpoint yet")
+        raise InputError(f"{path} has no checkpoint{'' if live else ' and no weights'} yet")
     policy.load_state_dict(checkpoint.tensors("policy"))
     return config, policy

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from d3po.evaluate import Evaluation, JudgeResult, PromptResult, measure
-from d3po.health import compare_diversity
+from d3po.health import HealthConfig
+from d3po.health.pictures import collapse
 from d3po.recipe import TrainConfig, arithmetic, evaluation_prompts, load, load_run
 from d3po.run import RunFolder
 from fifa.config import InputError, describe, to_yaml, write_atomic
@@ -211,7 +212,8 @@ def _hacking(proxy: JudgeResult, lost: Sequence[JudgeResult]) -> str:
 
 
 def _collapse(evaluation: Evaluation) -> list[str]:
-    return compare_diversity(*evaluation.pixel_diversity)
+    found = collapse(*evaluation.pixel_diversity, HealthConfig().diversity)
+    return [complaint.words for complaint in found]
 
 
 def judge_meaning(judge: str) -> str:

@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -54,6 +54,7 @@ CHANGEABLE = (
     "run.trackers",
     "run.resume",
     "run.log_every",
+    "health.",
 )
 
 
@@ -165,10 +166,20 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write {file}: {error.strerror}") from error
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
+
     def save(
-        self, progress: Progress, tensors: Mapping[str, Mapping[str, torch.Tensor]], keep: int
+        self,
+        progress: Progress,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        keep: int,
+        spare: Collection[int] = (),
     ) -> Path:
-        """Write checkpoints/step-N as a whole, then drop all but the newest `keep`."""
+        """Write checkpoints/step-N as a whole; drop all but the newest `keep` and steps `spare`."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -185,13 +196,22 @@ class RunFolder:
             note = {**asdict(progress), "metrics_bytes": size}
             (folder / "progress.json").write_text(json.dumps(note, indent=1) + "\n")
         for old in self._checkpoint_folders()[:-keep]:
-            shutil.rmtree(old)
+            if _step_of(old) not in spare:
+                shutil.rmtree(old)
         return path
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, oldest first."""
+        return [_step_of(path) for path in self._checkpoint_folders()]
+
+    def newest_of(self, accepted: Callable[[int], bool]) -> Checkpoint | None:
+        """The last checkpoint whose step is accepted."""
+        found = [path for path in self._checkpoint_folders() if accepted(_step_of(path))]
+        return _read_checkpoint(found[-1]) if found else None
 
     def newest(self) -> Checkpoint | None:
         """The last complete checkpoint, if there is one."""
-        folders = self._checkpoint_folders()
-        return _read_checkpoint(folders[-1]) if folders else None
+        return self.newest_of(lambda step: True)
 
     def _checkpoint_folders(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"), key=_step_of)
@@ -420,9 +440,15 @@ class Run:
             seconds = round(time.monotonic() - self._clock, 3)
             self.folder.append(self.folder.timing, {"step": step, "seconds": seconds, **values})
 
-    def save(self, progress: Progress, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def save(
+        self,
+        progress: Progress,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        spare: Collection[int] = (),
+    ) -> None:
         """Write a checkpoint; the other processes wait, so that none trains on a lost step."""
-        self.first(lambda: self.folder.save(progress, tensors, self.config.keep_checkpoints))
+        keep = self.config.keep_checkpoints
+        self.first(lambda: self.folder.save(progress, tensors, keep, spare))
 
     def save_weights(self, write: Callable[[Path], object]) -> Path:
         """Let `write` fill a folder that then becomes <run>/weights as a whole."""

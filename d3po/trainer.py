@@ -223,26 +223,34 @@ def fit(
     run: Run,
     evaluate: Callable[[int], object] | None = None,
     evaluate_every: int = 0,
+    health: Health | None = None,
 ) -> Progress:
     """Train for max_steps, rounded up to whole rounds, from where the run folder says.
 
     `evaluate(step)` is called before the first step, after the last, and at the first end of a
-    round at or past each multiple of `evaluate_every` steps (0: not in between).
+    round at or past each multiple of `evaluate_every` steps (0: not in between). Where `health`
+    stops the run, the policy gets the weights of the last good checkpoint back.
     """
-    progress = _resume(learner, run)
+    health = Health() if health is None else health
+    progress = _resume(learner, run, health)
     total = whole_rounds(learner.config.max_steps, source.updates_per_round)
-    health = Health()
     with run.progress(total, progress.step):
         if progress.step == 0 and evaluate is not None:
             evaluate(0)
-        while progress.step < total:
+        while progress.step < total and not health.over():
             before = progress.step
             progress = _train_round(learner, source, run, progress, health)
             done = progress.step >= total
+            if health.over():
+                break
             if evaluate is not None and (done or _crossed(evaluate_every, before, progress.step)):
                 evaluate(progress.step)
-            if done or _crossed(run.config.checkpoint_every, before, progress.step):
-                _checkpoint(learner, run, progress)
+            if not health.over() and (
+                done or _crossed(run.config.checkpoint_every, before, progress.step)
+            ):
+                _checkpoint(learner, run, progress, health)
+    if health.over():
+        _back_to_good(learner, run, health)
     return progress
 
 
@@ -252,17 +260,16 @@ def _train_round(
     index = progress.step // source.updates_per_round
     found = source.round(index)
     if found.metrics:
-        run.record("round", progress.step, {"round": index, **found.metrics})
+        health.follow(run, "round", progress.step, {"round": index, **found.metrics})
     for update in found.updates:
         metrics = train_step(learner, update, run, progress.step)
         skipped = progress.skipped_in_a_row + 1 if metrics["skipped"] else 0
         progress = replace(progress, step=progress.step + 1, skipped_in_a_row=skipped)
-        run.record("update", progress.step, metrics)
+        health.follow(run, "update", progress.step, metrics)
         run.advance(progress.step, _headline(metrics))
+        if health.over():
+            break
         _complain(run, progress, metrics, learner.config.max_skipped)
-        if "loss" in metrics:
-            for warning in health.look({**found.metrics, **metrics}):
-                run.say(f"warning: {warning}")
     run.record_time(progress.step)
     return progress
 
@@ -305,7 +312,7 @@ def _crossed(every: int, before: int, now: int) -> bool:
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
-def _checkpoint(learner: Learner, run: Run, progress: Progress) -> None:
+def _checkpoint(learner: Learner, run: Run, progress: Progress, health: Health) -> None:
     scaler = run.accelerator.scaler
     note = replace(
         progress,
@@ -316,10 +323,20 @@ def _checkpoint(learner: Learner, run: Run, progress: Progress) -> None:
         "policy": learner.policy.state_dict(),
         "optimizer": _optimizer_tensors(learner.optimizer),
     }
-    run.save(note, tensors)
+    run.save(note, tensors, health.to_keep(run.folder.steps()))
 
 
-def _resume(learner: Learner, run: Run) -> Progress:
+def _back_to_good(learner: Learner, run: Run, health: Health) -> None:
+    """Give the policy the weights of the newest checkpoint that a healthy window followed."""
+    good = run.first(lambda: run.folder.newest_of(health.good) or run.folder.newest())
+    if good is not None:
+        learner.policy.load_state_dict(good.tensors("policy"))
+    run.say(
+        f"the weights are those of {good.path if good else 'this step, no checkpoint is older'}"
+    )
+
+
+def _resume(learner: Learner, run: Run, health: Health) -> Progress:
     """Load the checkpoint that the run folder found; without one, begin at step 0."""
     if run.start is None:
         return Progress()
@@ -333,6 +350,7 @@ def _resume(learner: Learner, run: Run) -> Progress:
     _load_optimizer(learner.optimizer, run.start.tensors("optimizer"))
     if progress.scaler is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(progress.scaler)
+    health.replay(run.first(run.folder.rows))
     run.say(f"resumed from {run.start.path}, step {progress.step}")
     return progress
 

@@ -24,6 +24,7 @@ def run(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model={tiny_sd}",
         "objective={name: dpo, beta: 20}",
         "optim={max_steps: 2, learning_rate: 5e-2}",
+        "policy={ema_decay: 0.5}",
         "sampler={steps: 2, guidance: 2.0}",
         "online={groups: 2, images: 2, judges: [jpeg_compressibility]}",
         f"online.prompts={folder / 'train.txt'}",
@@ -97,12 +98,36 @@ def test_export_writes_weights_and_card(
     assert d3po(monkeypatch, "export", run, "--out", tmp_path / "lora") == 0
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
         "README.md",
+        "before_after.png",
         "pytorch_lora_weights.safetensors",
     ]
     assert "| jpeg_compressibility |" in (tmp_path / "lora" / "README.md").read_text()
     out = tmp_path / "merged"
     assert d3po(monkeypatch, "export", run, "--format", "merged", "--out", out) == 0
     assert (out / "model_index.json").is_file()
+
+
+def test_export_takes_the_average_or_the_live_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    assert d3po(monkeypatch, "export", run, "--out", tmp_path / "averaged") == 0
+    assert d3po(monkeypatch, "export", run, "--live", "--to", "lora", "--out", tmp_path / "l") == 0
+    name = "pytorch_lora_weights.safetensors"
+    averaged, live, kept = (
+        load_file(folder / name)
+        for folder in (tmp_path / "averaged", tmp_path / "l", run / "weights")
+    )
+    assert all(torch.equal(averaged[key], kept[key]) for key in kept)
+    checkpoint = load_file(run / "checkpoints" / "step-000002" / "policy.safetensors")
+    own = sorted(
+        float(v.double().sum())
+        for k, v in checkpoint.items()
+        if k.endswith("B.default.weight") and not k.startswith("ema.")
+    )
+    assert sorted(float(v.double().sum()) for k, v in live.items() if "lora_B" in k) == own
+    assert sorted(float(v.double().sum()) for k, v in kept.items() if "lora_B" in k) != own
 
 
 @pytest.mark.parametrize(

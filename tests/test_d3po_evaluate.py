@@ -17,6 +17,7 @@ from d3po.evaluate import (
     EvalConfig,
     Evaluator,
     PromptResult,
+    _check_finite,
     before_after,
     bootstrap_mean,
     compare,
@@ -30,6 +31,7 @@ from d3po.families import load_family
 from d3po.generate import SamplerConfig
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
+from fifa.config import InputError
 from fifa.images import decode
 from fifa.rewards import load_reward
 
@@ -147,6 +149,14 @@ def test_an_untrained_policy_ties_with_its_reference(tiny_sd: Path) -> None:
     result = compare(ours, theirs, ["a", "b"], seed=7)
     assert [judge.ties for judge in result.judges] == [6, 6]
     assert result.pixel_diversity[0] == result.pixel_diversity[1] > 0
+
+
+def test_pictures_that_are_nan_are_told_before_they_are_judged() -> None:
+    images = torch.zeros(3, 3, 4, 4)
+    _check_finite(images)
+    images[1, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"1 of 3 pictures to be judged are NaN: the network"):
+        _check_finite(images)
 
 
 def test_a_grid_has_the_reference_above_the_policy() -> None:

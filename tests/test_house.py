@@ -31,8 +31,8 @@ ORDER = {
     "d3po": (
         "draws, schedule, advantage, judging | sampling | likelihood, objectives | updates | losses"
         " | families | generate | policy | run, health | trainer"
-        " | offline, online, evaluate, annotate, export"
-        " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
+        " | offline, held_out, online, evaluate, annotate, export"
+        " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)
