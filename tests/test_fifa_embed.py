@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, tiny_tokenizer
 from pair_files import write_pairs
+from tiny_pipelines import CORPUS, clip_tokenizer
 
 from fifa.config import InputError
 from fifa.embed import EMBEDDERS, Embedder, count_cut, embed, load_embedder
@@ -151,7 +151,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPModel
 
     folder = tmp_path_factory.mktemp("clip")
-    tokenizer = tiny_tokenizer(folder)
+    tokenizer = clip_tokenizer(folder)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     text = {
         **small,

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from pair_files import write_pairs
 from PIL import Image
+from tiny_pipelines import clip_tokenizer
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from typer.testing import CliRunner
@@ -91,7 +91,7 @@ def tiny_clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder = tmp_path_factory.mktemp("pickscore")
-    tokenizer = tiny_tokenizer(folder / "vocabulary")
+    tokenizer = clip_tokenizer(folder / "vocabulary")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, **ids}
