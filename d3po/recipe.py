@@ -205,7 +205,7 @@ def _source(
     reduce = config.objective.reduce
     if config.offline is not None:
         cache = cached_pairs(config.offline, family, run, held_out)
-        return OfflineSource(config.offline, config.optim, family, cache, run, reduce)
+        return OfflineSource(config.offline, config.optim, family, policy, cache, run, reduce)
     assert config.online is not None  # the config's validator put it there
     judge, names = _judge(config.online, run)
     prompts = _training_prompts(config.online, config.run.seed, held_out)

@@ -29,7 +29,7 @@ ORDER = {
     ),
     "d3po": (
         "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
-        " | run, health | trainer | offline, online, evaluate, annotate, export"
+        " | run, health | trainer, reference | offline, online, evaluate, annotate, export"
         " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
