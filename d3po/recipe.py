@@ -23,6 +23,7 @@ from d3po.offline import (
 from d3po.online import FileJudge, Judge, OnlineConfig, OnlineSource, RewardJudge, groups_per_update
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig, RunFolder
+from d3po.speed import SpeedConfig, encoders, kernels, prepare_network
 from d3po.trainer import (
     BoundObjective,
     Learner,
@@ -57,6 +58,7 @@ class TrainConfig(Config):
     sampler: SamplerConfig = Field(SamplerConfig(), description="How pictures are drawn.")
     online: OnlineConfig | None = Field(None, description="Rollouts and judges, for method d3po.")
     offline: OfflineConfig | None = Field(None, description="The data set, for method dpo.")
+    speed: SpeedConfig = Field(SpeedConfig(), description="Ways to compute the same faster.")
     eval: EvalConfig = Field(EvalConfig(), description="Comparisons with the reference.")
     run: RunConfig = Field(description="Folder, seed, precision, checkpoints, trackers.")
 
@@ -167,6 +169,7 @@ def train(config: TrainConfig) -> RunFolder:
         objective = BoundObjective.from_config(config.objective)
         family = load_family(config.model, _base_dtype(config, run), run.device)
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
+        prepare_network(config.speed, family.denoiser)
         policy = Policy(family, config.policy)
         held_out = evaluation_prompts(config)
         source = _source(config, family, policy, held_out, run)
@@ -174,7 +177,10 @@ def train(config: TrainConfig) -> RunFolder:
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
         _tell_what_was_skipped(source, run)
-        with run.kernels():
+        if config.speed.offload_encoders:
+            for part in encoders(family):
+                part.to("cpu")
+        with kernels(config.speed, run.device, run.accelerator.mixed_precision):
             fit(learner, source, run, evaluator, config.eval.every)
         with policy.averaged():
             weights = run.save_weights(policy.save)

@@ -337,22 +337,6 @@ class Run:
         """The device of this process."""
         return self.accelerator.device
 
-    @contextmanager
-    def kernels(self) -> Iterator[None]:
-        """Attention as this device computes it fastest in this precision; what trains, in here.
-
-        On a CPU, torch's fused attention goes backward ten times slower in bfloat16 than the matrix
-        products that it is made of, and eats what the precision gains (torch 2.14, mini model, 64
-        images on a busy core: a LoRA step takes 368 ms fused, 157 as products, 353 in float32).
-        """
-        if self.device.type != "cpu" or self.accelerator.mixed_precision != "bf16":
-            yield
-            return
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with sdpa_kernel([SDPBackend.MATH]):
-            yield
-
     # -- together
 
     def share(self, count: int) -> range:

@@ -262,17 +262,3 @@ def test_piped_output_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
         "done",
     ]
     assert "left" in lines[0]
-
-
-@pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("no", True)])
-def test_bf16_on_a_cpu_leaves_fused_attention_out(
-    tmp_path: Path, precision: str, fused: bool
-) -> None:
-    run = Run(RunConfig(dir=str(tmp_path), mixed_precision=precision))
-    before = torch.backends.cuda.flash_sdp_enabled()
-    with run.kernels():
-        assert torch.backends.cuda.flash_sdp_enabled() is fused
-        assert torch.backends.cuda.math_sdp_enabled()
-    assert before is True
-    assert torch.backends.cuda.flash_sdp_enabled() is before
-    run.close()

@@ -28,9 +28,10 @@ ORDER = {
         " | selection, bench | scoring, filtering, report | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
-        " | run, health | trainer, reference | offline, online, evaluate, annotate, export"
-        " | recipe, mini_sd | report | demo | __init__ | cli | __main__"
+        "draws, schedule, optimizers, speed | sampling | likelihood, objectives | families"
+        " | generate | policy | run, health | trainer, reference"
+        " | offline, online, evaluate, annotate, export | recipe, mini_sd | report | demo"
+        " | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)
@@ -64,7 +65,7 @@ SEEDERS = {
 }
 WEIGHT_LIMITS = {"d3po/mini_sd/weights": 25_000_000, "fifa/rewards/weights": 8_000_000}  # bytes
 # what the packages may import beyond install_requires: features that a user asks for by name
-OPTIONAL_EXTRAS = ("trackers", "hub", "xformers")
+OPTIONAL_EXTRAS = ("trackers", "hub", "xformers", "bitsandbytes")
 # import name -> the package that setup.cfg asks for, where the two differ
 PROVIDED_BY = {
     "PIL": "pillow",
