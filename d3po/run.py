@@ -480,7 +480,31 @@ def _check_trackers(trackers: Sequence[str]) -> None:
             )
 
 
+# What accelerate launch sets when it is asked to cut the weights up among the processes.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def _check_launcher() -> None:
+    """InputError if the launcher wants weights in pieces, instead of a run that hangs.
+
+    Here each process runs as many forward passes as its own pictures need, which weights in pieces
+    do not survive. And accelerate 1.15 forgets FSDP without a word where there is no GPU.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise InputError(
+                f"accelerate was told to use {name}, which this trainer does not support: launch "
+                "with configs/accelerate/ddp.yaml, and save memory by policy.method=lora, "
+                "optim.gradient_checkpointing, optim.offload or optim.kind=adafactor"
+            )
+
+
 def _accelerator(config: RunConfig) -> Accelerator:
+    _check_launcher()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs

@@ -322,9 +322,10 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(tiny_sd: Path, run: 
         (PolicyConfig(), {}),
         (PolicyConfig(ema_decay=0.9), {"fused": True}),
         (PolicyConfig(method="full"), {"offload": True}),
+        (PolicyConfig(method="full"), {"kind": "adamw_8bit"}),
         (PolicyConfig(), {"kind": "adafactor"}),
     ],
-    ids=["lora", "ema", "full", "adafactor"],
+    ids=["lora", "ema", "full", "8bit", "adafactor"],
 )
 def test_a_resumed_run_is_the_same_run(
     tiny_sd: Path, tmp_path: Path, policy: PolicyConfig, optim: dict[str, Any]
