@@ -18,6 +18,7 @@ from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.sampling import Reduce, Trajectory, image_noise, path_noise, rollout
 from d3po.schedule import TimeGrid
+from d3po.speed import encoders_at_hand
 from fifa.config import Config
 
 
@@ -95,6 +96,17 @@ def generate(
     reduce: Reduce = "mean",
 ) -> Iterator[Generated]:
     """Make the pictures, `sampler.batch` at a time."""
+    with encoders_at_hand(family):
+        yield from _generated(family, denoiser, sampler, orders, reduce)
+
+
+def _generated(
+    family: Family,
+    denoiser: nn.Module,
+    sampler: SamplerConfig,
+    orders: Sequence[Order],
+    reduce: Reduce,
+) -> Iterator[Generated]:
     grid = sampler.grid(family)
     uncond = family.encode_text([""]) if sampler.guidance != 1 else None
     for start in range(0, len(orders), sampler.batch):

@@ -5,8 +5,9 @@ a fingerprint of the rows, the encoders and the settings, so a second run finds 
 trains on stale ones. The loop itself needs neither VAE nor text encoder. A row that is no pair, or
 whose pictures cannot be decoded, is set aside, counted and listed; it never ends the pass.
 
-The time and the noise of a pair are functions of (seed, epoch, pair), the same for winner and loser
-and for policy and reference (Wallace et al. 2023, section S4: the pseudocode shares both).
+The time and the noise of a pair are functions of (seed, draw, pair), the same for winner and loser
+and for policy and reference (Wallace et al. 2023, section S4: the pseudocode shares both). Every
+epoch has a draw of its own, unless their number is limited.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.generate import encode_prompts
 from d3po.likelihood import renoise_logp
+from d3po.policy import Policy
+from d3po.reference import ReferenceScores
 from d3po.run import Run
 from d3po.sampling import Reduce, image_noise
-from d3po.trainer import OptimConfig
+from d3po.trainer import OptimConfig, reference_logp
 from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
 from fifa.config import Config, InputError, atomic_path, fingerprint
 from fifa.images import Pixels, decode, to_batch
@@ -60,6 +63,12 @@ class OfflineConfig(Config):
         (0.0, 1.0),
         description="Part of the noise schedule that pairs are re-noised to: 0 clean, 1 pure "
         "noise (published: all of it). The noisy half is where layout is decided.",
+    )
+    noise_draws: int | None = Field(
+        None,
+        ge=1,
+        description="How many times and noises a pair is compared at; epochs go round among them, "
+        "and the reference is asked once for each (8 bytes a pair). null: fresh ones each epoch.",
     )
     cache: str = Field(
         "runs/cache",
@@ -362,6 +371,7 @@ class OfflineSource:
         config: OfflineConfig,
         optim: OptimConfig,
         family: Family,
+        policy: Policy,
         cache: PairCache,
         run: Run,
         reduce: Reduce = "mean",
@@ -373,32 +383,58 @@ class OfflineSource:
                 "with, and stored pairs have neither: use method d3po (rollouts), or an objective "
                 "on pairs or labels"
             )
-        self.kind = wants.kind
-        self.config, self.optim, self.family = config, optim, family
+        self.wants = wants
+        self.config, self.optim, self.family, self.policy = config, optim, family, policy
         self.cache, self.run, self.reduce = cache, run, reduce
         self.pairs_per_update = optim.micro_batch * optim.accumulation * run.processes
+        wanted = wants.reference and config.noise_draws is not None
+        self.reference = self._reference() if wanted else None
 
     def round(self, index: int) -> Round:
         """The one update of round `index`."""
         size, micro = self.pairs_per_update, self.optim.micro_batch
         places = range(index * size, (index + 1) * size)
         order = shuffled(self.run.config.seed, len(self.cache), places.start, places.stop)
-        own = [(places[i] // len(self.cache), order[i]) for i in self.run.share(size)]
+        draws = [self._draw(place // len(self.cache)) for place in places]
+        if self.reference is not None:
+            self.reference.ready(sorted(set(draws)))
+        own = [(draws[i], order[i]) for i in self.run.share(size)]
         chunks = [self._chunk(own[i : i + micro]) for i in range(0, len(own), micro)]
-        images = 1 if self.kind == "pairs" else 2
+        images = 1 if self.wants.kind == "pairs" else 2
         return Round({}, iter([Update(chunks, images * len(own))]))
 
     def _chunk(self, pairs: Sequence[tuple[int, int]]) -> Chunk | Rated:
-        """A chunk of Q pairs, given as (epoch, row of the cache): 2Q images, winners first.
+        """A chunk of Q pairs, given as (draw, row of the cache): 2Q images, winners first.
 
         For an objective on labels winners are liked images and losers disliked ones.
         """
         count, device, logp = len(pairs), self.run.device, partial(self._logp, pairs)
-        if self.kind == "labels":
+        ref = None
+        if self.reference is not None:
+            ref = torch.from_numpy(self.reference(pairs).T.reshape(-1, 1)).to(device)
+        if self.wants.kind == "labels":
             liked = torch.ones(count, device=device)
-            return Rated(logp, "labels", torch.cat([liked, -liked]), steps=1)
+            return Rated(logp, "labels", torch.cat([liked, -liked]), steps=1, ref=ref)
         rows = torch.arange(count, device=device)
-        return Chunk(logp, win=rows, lose=rows + count, steps=1)
+        return Chunk(logp, win=rows, lose=rows + count, steps=1, ref=ref)
+
+    def _reference(self) -> ReferenceScores:
+        config, run = self.config, self.run
+        choice = [run.config.seed, config.noise, config.empty_prompts, config.encode_batch]
+        how = [self.reduce, run.accelerator.mixed_precision, run.device.type]
+        key = fingerprint(self.policy.fingerprint(), json.dumps([choice, how]))
+
+        def score(draw: int, rows: Sequence[int]) -> NDArray[np.float32]:
+            logp = partial(self._logp, [(draw, row) for row in rows])
+            scores = reference_logp(self.policy, logp).float().cpu().numpy()
+            return scores.reshape(2, -1).T
+
+        folder = self.cache.folder / f"reference-{key}"
+        return ReferenceScores(folder, len(self.cache), config.encode_batch, score, run)
+
+    def _draw(self, epoch: int) -> int:
+        """Which of its times and noises a pair meets in this epoch."""
+        return epoch if self.config.noise_draws is None else epoch % self.config.noise_draws
 
     def _logp(self, pairs: Sequence[tuple[int, int]], denoiser: nn.Module) -> Tensor:
         """Log-probabilities (2Q, 1); one forward over winners and losers."""
@@ -418,15 +454,15 @@ class OfflineSource:
             self.reduce,
         )
 
-    def _time(self, epoch: int, row: int) -> float:
+    def _time(self, draw: int, row: int) -> float:
         """A time of the schedule, uniform over the part that is trained on."""
-        draw = self._seed("time", epoch, row)
-        return self.family.schedule.random_time(draw, self.config.noise)
+        uniform = self._seed("time", draw, row)
+        return self.family.schedule.random_time(uniform, self.config.noise)
 
-    def _prompt(self, epoch: int, row: int) -> int:
+    def _prompt(self, draw: int, row: int) -> int:
         """Row of `cond`: the pair's prompt, or with probability empty_prompts 0, the empty one."""
-        dropped = self._seed("empty", epoch, row) < self.config.empty_prompts * 2**63
+        dropped = self._seed("empty", draw, row) < self.config.empty_prompts * 2**63
         return 0 if dropped else int(self.cache.prompt[row])
 
-    def _seed(self, what: str, epoch: int, row: int) -> int:
-        return derive_seed(self.run.config.seed, what, epoch, row)
+    def _seed(self, what: str, draw: int, row: int) -> int:
+        return derive_seed(self.run.config.seed, what, draw, row)

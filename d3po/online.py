@@ -79,13 +79,18 @@ class OnlineConfig(Config):
         description="Guidance scale in the training forwards; null: as sampled, 1: none, at "
         "half the cost.",
     )
-    steps: Literal["all", "random", "early", "late"] = Field(
+    steps: Literal["all", "random", "early", "late", "window"] = Field(
         "all",
         description="Denoising steps learned from: all, or step_count of them: random, the "
-        "noisiest, the cleanest.",
+        "noisiest, the cleanest, or a window of neighbours.",
     )
     step_count: int | None = Field(
-        None, ge=1, description="How many steps, for random, early and late; null for all."
+        None, ge=1, description="How many steps, for all choices but all; null for all."
+    )
+    window_start: int | None = Field(
+        None,
+        ge=0,
+        description="First step of the window, 0 the noisiest; null: drawn anew for each update.",
     )
     skip_last: bool = Field(
         False,
@@ -96,6 +101,12 @@ class OnlineConfig(Config):
         description="What an image is compared with by objectives on single images: the others "
         "of its prompt, or all of the round.",
     )
+    steps_at_once: int = Field(
+        1,
+        ge=1,
+        description="Denoising steps of an image that go through the network in one call: faster "
+        "where a call alone does not fill the device, at the memory of the larger batch.",
+    )
     inner_epochs: int = Field(
         1, ge=1, description="How often a round's groups are gone through (D3PO: 1)."
     )
@@ -103,7 +114,11 @@ class OnlineConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> OnlineConfig:
         if (self.steps == "all") != (self.step_count is None):
-            raise ValueError("step_count goes with steps random, early or late, and only with them")
+            raise ValueError(
+                "step_count goes with steps random, early, late or window, and only with them"
+            )
+        if self.window_start is not None and self.steps != "window":
+            raise ValueError("window_start goes with steps window, and only with it")
         if self.labels is None and not self.judges:
             raise ValueError("online needs judges or labels")
         return self
@@ -121,15 +136,20 @@ def trained_steps(config: OnlineConfig, grid: TimeGrid, *place: int) -> list[int
     if config.skip_last and usable and usable[-1] == len(grid) - 1:
         usable = usable[:-1]
     count = len(usable) if config.step_count is None else config.step_count
-    if not usable or count > len(usable):
+    if not usable or count + (config.window_start or 0) > len(usable):
+        where = "" if config.window_start is None else f" from step {config.window_start} on"
         raise InputError(
-            f"online.steps={config.steps} wants {count or 'some'} steps, but {len(usable)} of the "
-            f"{len(grid)} sampler steps have noise and may be trained on (sampler.eta > 0 adds "
-            "noise)"
+            f"online.steps={config.steps} wants {count or 'some'} steps{where}, but {len(usable)} "
+            f"of the {len(grid)} sampler steps have noise and may be trained on (sampler.eta > 0 "
+            "adds noise)"
         )
+    draw = np.random.default_rng(derive_seed("steps", *place))
     if config.steps == "random":
-        chosen = np.random.default_rng(derive_seed("steps", *place)).choice(usable, count, False)
-        return sorted(chosen.tolist())
+        return sorted(draw.choice(usable, count, False).tolist())
+    if config.steps == "window":
+        start = config.window_start
+        start = int(draw.integers(len(usable) - count + 1)) if start is None else start
+        return usable[start : start + count]
     return usable[-count:] if config.steps == "late" else usable[:count]
 
 
@@ -291,7 +311,11 @@ class OnlineSource:
                 block.ref[:, needed] = reference_logp(self.policy, logp)
         for epoch in range(self.config.inner_epochs):
             for u, own in enumerate(blocks):
-                chunks = [self._chunk(block, i) for block in own for i in steps[u, epoch]]
+                chunks = [
+                    self._chunk(block, some)
+                    for block in own
+                    for some in self._at_once(steps[u, epoch])
+                ]
                 found = sum(len(block) for block in own)
                 yield Update(chunks, found, partial(self._idle, rollout, steps[u, epoch][0]))
 
@@ -356,14 +380,14 @@ class OnlineSource:
             value=torch.from_numpy(values.astype(np.float32)).to(device),
         )
 
-    def _chunk(self, block: Block, step: int) -> Chunk | Rated:
-        logp = partial(self._logp, block.latents, block.cond, [step])
-        ref = block.ref[:, [step]] if self.wants.reference else None
+    def _chunk(self, block: Block, steps: Sequence[int]) -> Chunk | Rated:
+        logp = partial(self._logp, block.latents, block.cond, steps)
+        ref = block.ref[:, steps] if self.wants.reference else None
         if self.wants.kind == "pairs":
-            return Chunk(logp, block.win, block.lose, 1, ref)
-        path = partial(self._path, block.latents, block.cond, [step])
-        old = block.old[:, [step]]
-        return Rated(logp, self.wants.kind, block.value, 1, ref, old, path, self.reduce)
+            return Chunk(logp, block.win, block.lose, len(steps), ref)
+        path = partial(self._path, block.latents, block.cond, steps)
+        old, kind = block.old[:, steps], self.wants.kind
+        return Rated(logp, kind, block.value, len(steps), ref, old, path, self.reduce)
 
     def _idle(self, rollout: Rollout, step: int) -> Chunk | Rated:
         """One image that nobody said anything about: a way through the network without a term."""
@@ -378,14 +402,26 @@ class OnlineSource:
     def _logp(
         self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
     ) -> Tensor:
-        predict = guided(self.family, denoiser, cond, self.uncond, self.scale)
-        chosen, schedule = torch.tensor(steps), self.family.schedule
-        found = path_logp(predict, self.grid, schedule, latents, chosen, self.reduce)
+        """Log-probabilities (B, S); a network call for every steps_at_once steps."""
+        parts = []
+        for some in self._at_once(steps):
+            rows = torch.arange(len(latents)).repeat(len(some))
+            predict = guided(self.family, denoiser, cond[rows], self.uncond, self.scale)
+            schedule, chosen = self.family.schedule, torch.tensor(some)
+            parts.append(
+                path_logp(predict, self.grid, schedule, latents, chosen, self.reduce, together=True)
+            )
+        found = torch.cat(parts, 1)
         if self.wants.reference or self.wants.kind != "pairs":
             return found
         # Without a reference to compare with, log-densities of different steps need one scale.
+        chosen = torch.tensor(steps)
         peak = log_peak(self.grid, chosen, latents[0, 0].numel(), self.reduce)
         return found - peak.to(found)
+
+    def _at_once(self, steps: Sequence[int]) -> list[Sequence[int]]:
+        size = self.config.steps_at_once
+        return [steps[i : i + size] for i in range(0, len(steps), size)]
 
     def _path(
         self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module

@@ -27,6 +27,7 @@ from d3po.offline import (
 from d3po.online import OnlineConfig, OnlineSource, groups_per_update
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig, RunFolder
+from d3po.speed import SpeedConfig, encoders, kernels, prepare_network
 from d3po.trainer import Learner, OptimConfig, fit, whole_rounds
 from d3po.updates import Source, Wants
 from fifa.config import Config, InputError, load_config, write_atomic
@@ -57,6 +58,7 @@ class TrainConfig(Config):
     sampler: SamplerConfig = Field(SamplerConfig(), description="How pictures are drawn.")
     online: OnlineConfig | None = Field(None, description="Rollouts and judges, for method d3po.")
     offline: OfflineConfig | None = Field(None, description="The data set, for method dpo.")
+    speed: SpeedConfig = Field(SpeedConfig(), description="Ways to compute the same faster.")
     eval: EvalConfig = Field(EvalConfig(), description="Comparisons with the reference.")
     health: HealthConfig = Field(
         HealthConfig(), description="What is unusual, said in warnings; when to stop."
@@ -176,6 +178,7 @@ def train(config: TrainConfig) -> RunFolder:
         objective = BoundObjective.from_config(config.objective)
         family = load_family(config.model, _base_dtype(config, run), run.device, config.family)
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
+        prepare_network(config.speed, family.denoiser)
         policy = Policy(family, config.policy)
         held_out = evaluation_prompts(config)
         health = Health(config.health, config.objective.beta)
@@ -185,7 +188,10 @@ def train(config: TrainConfig) -> RunFolder:
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
         _tell_what_was_skipped(source, run)
-        with run.kernels():
+        if config.speed.offload_encoders:
+            for part in encoders(family):
+                part.to("cpu")
+        with kernels(config.speed, run.device, run.accelerator.mixed_precision):
             _check_labels(config, evaluator, run, health)
             fit(learner, source, run, _all(evaluator, watch), config.eval.every, health)
         with policy.averaged():
@@ -224,7 +230,9 @@ def _source(
     reduce = config.objective.reduce
     if config.offline is not None:
         cache = cached_pairs(config.offline, family, run, held_out)
-        return OfflineSource(config.offline, config.optim, family, cache, run, reduce, wants)
+        return OfflineSource(
+            config.offline, config.optim, family, policy, cache, run, reduce, wants
+        )
     assert config.online is not None  # the config's validator put it there
     judge, names = _judge(config.online, run)
     prompts = _training_prompts(config.online, config.run.seed, held_out)

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from d3po.health import Health
 from d3po.losses import BoundObjective
+from d3po.optimizers import Kind, build_optimizer
 from d3po.policy import Policy
-from d3po.run import Progress, Run
+from d3po.run import Progress, Run, flatten
 from d3po.updates import Facts, Source, Update
 from fifa.config import Config, InputError
 
@@ -39,7 +40,21 @@ R = TypeVar("R")
 
 
 class OptimConfig(Config):
-    """AdamW with a linear warm-up, how much goes into one step, and when to stop."""
+    """The optimizer with a linear warm-up, how much goes into one step, and when to stop."""
+
+    kind: Kind = Field(
+        "adamw",
+        description="adamw; adamw_8bit (bitsandbytes): its state in a quarter of the memory; "
+        "adafactor: nearly none.",
+    )
+    fused: bool = Field(
+        False, description="AdamW as one kernel: faster for many weights, equal up to rounding."
+    )
+    offload: bool = Field(
+        False,
+        description="Keep the optimizer's state and a copy of the trained weights in CPU memory: "
+        "less memory on the device, slower steps.",
+    )
 
     max_steps: int = Field(
         100, ge=1, description="Optimizer steps of the whole run, rounded up to whole rounds."
@@ -95,7 +110,7 @@ class Learner:
     """What learns: the policy, wrapped for the processes, its optimizer, the objective."""
 
     policy: Policy  # its `denoiser` is the wrapped network: what has a gradient goes through it
-    optimizer: Any  # AcceleratedOptimizer around AdamW
+    optimizer: Any  # AcceleratedOptimizer around that of config.kind
     objective: BoundObjective
     config: OptimConfig
 
@@ -104,12 +119,15 @@ class Learner:
         cls, policy: Policy, objective: BoundObjective, config: OptimConfig, run: Run
     ) -> Learner:
         """Wrap policy and optimizer for the devices and processes of the run."""
-        optimizer = torch.optim.AdamW(
+        optimizer = build_optimizer(
             policy.trainable(),
-            lr=config.learning_rate,
+            config.kind,
+            learning_rate=config.learning_rate,
             betas=config.betas,
-            eps=config.epsilon,
+            epsilon=config.epsilon,
             weight_decay=config.weight_decay,
+            fused=config.fused,
+            offload=config.offload,
         )
         policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, optimizer)
         return cls(policy, wrapped, objective, config)
@@ -356,15 +374,30 @@ def _resume(learner: Learner, run: Run, health: Health) -> Progress:
 
 
 def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """AdamW's moments as {"<parameter number>.<name>": tensor}; its numbers live in the config."""
-    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, own in state.items() for name, value in own.items()}
+    """The state as {"<parameter number>.<name>": tensor}; the settings live in the config.
+
+    8-bit Adam nests part of its state in a dict of its own; those names have another dot.
+    """
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for i, own in state.items():
+        for name, value in flatten(own).items():
+            tensor = torch.as_tensor(value)
+            shared = tensor.data_ptr() in seen  # 8-bit Adam: one table of levels for all weights
+            seen.add(tensor.data_ptr())
+            tensors[f"{i}.{name}"] = tensor.clone() if shared else tensor
+    return tensors
 
 
 def _load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = value
+        number, *inner, name = key.split(".")
+        own = state.setdefault(int(number), {})
+        for part in inner:
+            own = own.setdefault(part, {})
+        counts = value.ndim == 0 and value.dtype == torch.int64  # was a Python number
+        own[name] = value.item() if counts else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -61,6 +61,8 @@ def test_path_logp_is_the_published_formula(reduce: str) -> None:
             )
             want = per_element.mean() if reduce == "mean" else per_element.sum()
             assert float(got[b, s]) == pytest.approx(float(want), rel=1e-10)
+    together = path_logp(linear(0.3), grid, schedule, latents, steps, reduce, together=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(together, got, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("grad", [False, True])

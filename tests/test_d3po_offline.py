@@ -214,7 +214,7 @@ def start(
     objective = BoundObjective.from_config(ObjectiveConfig(name="dpo", beta=2000.0))
     cache = cached_pairs(config, family, run)
     return Learner(policy, wrapped, objective, settings), OfflineSource(
-        config, settings, family, cache, run
+        config, settings, family, policy, cache, run
     )
 
 
@@ -289,6 +289,68 @@ def test_winner_and_loser_meet_the_same_noise(tmp_path: Path, tiny_sd: Path, run
     logp = update.chunks[0].logp(learner.policy.bare)
     assert torch.equal(logp[:2], logp[2:])  # a picture against itself
     assert not torch.equal(logp[0], logp[1])  # another pair, another time and noise
+
+
+def watch_reference(learner: Learner) -> list[int]:
+    """Grows by the rows of every forward pass of the reference."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(m for m in learner.policy.bare.modules() if isinstance(m, BaseTunerLayer))
+    rows: list[int] = []
+
+    def count(module: Any, args: tuple[Tensor, ...]) -> None:
+        if layer.disable_adapters:
+            rows.append(len(args[0]))
+
+    learner.policy.bare.register_forward_pre_hook(count)
+    return rows
+
+
+def test_a_limited_list_of_draws_asks_the_reference_once(
+    tmp_path: Path, tiny_sd: Path, run: Run
+) -> None:
+    config = config_of(tmp_path, good_rows(4), noise_draws=2)
+    learner, source = start(tiny_sd, config, run)
+    rows = watch_reference(learner)
+    found = [gradient(learner, source, run, index) for index in range(4)]  # 2 updates an epoch
+    assert rows == [6, 2, 6, 2]  # batches of 3 pairs and 1, once for each of the two draws
+    # the third epoch meets the noise of the first, and its gradients in another order of pairs
+    order = shuffled(SEED, 4, 0, 16)
+    for index in (4, 5, 6, 7):
+        pairs = [(index // 2 % 2, order[place]) for place in (2 * index, 2 * index + 1)]
+        loss = published_loss(learner, source.cache, pairs)
+        flat = torch.cat(
+            [part.flatten() for part in torch.autograd.grad(loss, learner.policy.trainable())]
+        )
+        again = gradient(learner, source, run, index)
+        # float32 kernels differ with the batch, as above; other noise would make a difference of 1
+        assert float((again - flat).abs().max() / flat.abs().max()) < 1e-3
+    assert len(rows) == 4 + 16  # nothing but what `published_loss` asked for itself
+    # another run on the same pairs reads the same numbers, also where its updates are cut otherwise
+    learner, source = start(tiny_sd, config, run, micro_batch=1)
+    rows = watch_reference(learner)
+    gradient(learner, source, run, 0)
+    learner, source = start(tiny_sd, config, run)
+    assert torch.equal(gradient(learner, source, run, 1), found[1])
+    assert rows == []
+
+
+def test_scores_of_another_reference_are_other_scores(
+    tmp_path: Path, tiny_sd: Path, run: Run
+) -> None:
+    config = config_of(tmp_path, good_rows(2), noise_draws=1)
+    family = load_family(tiny_sd)
+    cache = cached_pairs(config, family, run)
+    next(family.denoiser.parameters()).data.add_(1e-3)
+    other = Policy(family, PolicyConfig())
+    own = Policy(load_family(tiny_sd), PolicyConfig())
+    noisy = config.model_copy(update={"noise": (0.5, 1.0)})
+    folders = []
+    for policy, settings in ((own, config), (other, config), (own, noisy)):
+        source = OfflineSource(settings, OptimConfig(), policy.family, policy, cache, run)
+        assert source.reference is not None
+        folders.append(source.reference.folder)
+    assert len(set(folders)) == 3
 
 
 def test_the_encoders_are_not_used_in_the_loop(tmp_path: Path, tiny_sd: Path, run: Run) -> None:

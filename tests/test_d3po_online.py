@@ -226,6 +226,8 @@ def grid_of(*sigma: float) -> TimeGrid:
         ({"steps": "early", "step_count": 2}, [0, 1]),
         ({"steps": "late", "step_count": 2}, [2, 3]),
         ({"steps": "late", "step_count": 2, "skip_last": True}, [1, 2]),
+        ({"steps": "window", "step_count": 2, "window_start": 1}, [1, 2]),
+        ({"steps": "window", "step_count": 4}, [0, 1, 2, 3]),
     ],
 )
 def test_steps(settings: dict[str, Any], expected: list[int]) -> None:
@@ -247,16 +249,35 @@ def test_random_steps_change_with_the_place_and_are_even() -> None:
     assert np.abs(counts / 600 - 0.5).max() < 0.08  # 4 standard deviations
 
 
+def test_a_window_moves_over_all_its_places_evenly() -> None:
+    config = OnlineConfig(steps="window", step_count=2)
+    grid = grid_of(0.4, 0.3, 0.2, 0.1)
+    drawn = [tuple(trained_steps(config, grid, 0, index)) for index in range(600)]
+    assert set(drawn) == {(0, 1), (1, 2), (2, 3)}
+    shares = [drawn.count(window) / 600 for window in set(drawn)]
+    assert max(abs(share - 1 / 3) for share in shares) < 0.08  # 4 standard deviations
+
+
 def test_a_path_without_noise_cannot_be_trained_on() -> None:
     with pytest.raises(InputError, match=r"0 of the 2 sampler steps have noise .*sampler\.eta > 0"):
         trained_steps(OnlineConfig(), grid_of(0.0, 0.0))
     with pytest.raises(InputError, match="wants 3 steps, but 2 of the 2"):
         trained_steps(OnlineConfig(steps="late", step_count=3), grid_of(0.2, 0.1))
+    window = OnlineConfig(steps="window", step_count=2, window_start=1)
+    with pytest.raises(InputError, match="wants 2 steps from step 1 on, but 2 of the 2"):
+        trained_steps(window, grid_of(0.2, 0.1))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": "late"}, {"step_count": 2}, {"judges": ()}, {"images": 1}, {"steps": "middle"}],
+    [
+        {"steps": "late"},
+        {"step_count": 2},
+        {"judges": ()},
+        {"images": 1},
+        {"steps": "middle"},
+        {"steps": "early", "step_count": 2, "window_start": 1},
+    ],
 )
 def test_settings_that_contradict_themselves_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="OnlineConfig"):
@@ -350,6 +371,18 @@ def test_the_size_of_the_chunks_does_not_change_the_gradient(start: Start, run: 
     assert max(apart(other, whole) for other in others) < 1e-6
 
 
+def test_steps_that_go_through_together_have_the_same_gradient(start: Start, run: Run) -> None:
+    alone, *others = [start(steps_at_once=count) for count in (1, 2, 3)]
+    (expected,) = gradients(*alone, run)
+    for (learner, source), calls in zip(others, (2, 1), strict=True):
+        rows = Rows(learner)
+        (found,) = gradients(learner, source, run)
+        assert apart(found, expected) < 1e-6
+        # 3 steps in so many calls; the reference is scored in float32 and again in float64
+        assert (rows.trained, rows.trained_calls) == (2 * 9 * 3, calls)
+        assert (rows.referred, rows.referred_calls) == (2 * 2 * 9 * 3, 2 * calls)
+
+
 def test_updates_of_a_round_add_up_to_the_round(start: Start, run: Run) -> None:
     (whole,) = gradients(*start(micro_batch=4), run)
     first, second = gradients(*start(micro_batch=2), run)
@@ -362,13 +395,16 @@ class Rows:
 
     def __init__(self, learner: Learner) -> None:
         self.trained = self.sampled = self.referred = 0
+        self.trained_calls = self.referred_calls = 0
         layer = next(m for m in learner.policy.bare.modules() if isinstance(m, BaseTunerLayer))
 
         def count(module: Any, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
                 self.trained += len(args[0])
+                self.trained_calls += 1
             elif layer.disable_adapters:
                 self.referred += len(args[0])
+                self.referred_calls += 1
             else:
                 self.sampled += len(args[0])
 

@@ -300,25 +300,30 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(tiny_sd: Path, run: 
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "optim"),
     [
-        PolicyConfig(),
-        PolicyConfig(ema_decay=0.9),
-        PolicyConfig(method="full"),
+        (PolicyConfig(), {}),
+        (PolicyConfig(ema_decay=0.9), {"fused": True}),
+        (PolicyConfig(method="full"), {"offload": True}),
+        (PolicyConfig(method="full"), {"kind": "adamw_8bit"}),
+        (PolicyConfig(), {"kind": "adafactor"}),
     ],
-    ids=["lora", "ema", "full"],
+    ids=["lora", "ema", "full", "8bit", "adafactor"],
 )
-def test_a_resumed_run_is_the_same_run(tiny_sd: Path, tmp_path: Path, policy: PolicyConfig) -> None:
+def test_a_resumed_run_is_the_same_run(
+    tiny_sd: Path, tmp_path: Path, policy: PolicyConfig, optim: dict[str, Any]
+) -> None:
     finals, rows = [], []
     for name, parts in (("whole", [6]), ("in parts", [4, 6])):
         for steps in parts:
             run = open_run(tmp_path / name)
-            learner = learner_of(tiny_sd, run, policy, max_steps=steps, warmup_steps=5)
+            learner = learner_of(tiny_sd, run, policy, max_steps=steps, warmup_steps=5, **optim)
             fit(learner, Repeat(learner.policy.family), run)
             run.close()
         finals.append(learner.policy.state_dict())
         rows.append(metrics(run))
     assert rows[0] == rows[1]
+    assert rows[0][0] != rows[0][-1]
     assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
 
 
