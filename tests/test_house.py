@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
-        " | selection, bench | scoring, filtering, report | __init__ | cli | __main__"
+        " | features | selection, bench | proxies | scoring, filtering, report"
+        " | __init__ | cli | __main__"
     ),
     "d3po": (
         "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
