@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py world --seeds 0 1 2 3 --out runs/objectives.json
     python benchmarks/objectives.py rate runs/pairs --out runs/ratings.parquet
+    python benchmarks/objectives.py agiqa AGIQA-3K/data.csv --out runs/agiqa.json
 
 `world`: five objectives; a nuisance leaks 0.7 into every rating, half of the ratings are missing;
 prompts of four kinds care about two objectives each; people choose by Bradley-Terry. Compared are
@@ -11,6 +12,10 @@ MLP on the same features, and the best that anyone could do.
 `rate`: a rating table of a data set of the mini world: how much of the prompt holds, how neat the
 picture is, how much is going on in it, by the oracle, with noise and with half a standard deviation
 of saturation leaking into each.
+
+`agiqa`: two heads, opinion of quality and of alignment (AGIQA-3K, arXiv 2306.04717), on what is
+known of its pictures without the pictures: which model painted it, and the prompt. Counts how often
+each head orders two pictures of a held-out prompt as either opinion does.
 """
 
 from __future__ import annotations
@@ -27,16 +32,17 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from fifa.bench import share
 from fifa.config import atomic_path, write_atomic
 from fifa.features import PairFeatures
 from fifa.images import decode, to_batch
 from fifa.miniworld.annotators import meaning
 from fifa.miniworld.oracle import judge, look, neatness
-from fifa.pairs import PairTable
+from fifa.pairs import PairTable, held_out
 from fifa.proxies import FitConfig
 from fifa.proxies.card import margins_of, rank_correlation
 from fifa.proxies.fit import fit_heads
-from fifa.proxies.objectives import assemble, objective_rewards
+from fifa.proxies.objectives import assemble, fit_ridge, objective_rewards
 from fifa.proxies.ratings import Ratings
 from fifa.proxies.splits import Split, split_pairs
 from fifa.rewards.nuisance import NUISANCES, measure
@@ -99,7 +105,7 @@ class Draw:
 
 def draw_pairs(world: World, rows: int, prompts: int, seed: int, part: str) -> Draw:
     """`rows` pairs under `prompts` prompts; another `part` has other prompts and pictures."""
-    rng = np.random.default_rng([seed, 1, len(part)])
+    rng = np.random.default_rng([seed, 1, *part.encode()])
     kind = rng.integers(4, size=prompts)
     seen = rng.normal(size=(2 * rows, 6))
     nuisances = np.zeros((2 * rows, len(NUISANCES)), np.float32)
@@ -262,6 +268,65 @@ def rate(data: Path, out: Path, seed: int) -> None:
     print(f"{len(captions):,} rated pictures in {out}")
 
 
+# ---- two opinions of real pictures ---------------------------------------------------------------
+
+
+def read_agiqa(path: Path) -> tuple[list[str], list[str], Floats]:
+    """Painter, prompt and (quality, alignment) of each picture."""
+    from pyarrow import csv
+
+    table = csv.read_csv(path)
+    painters = [name.rsplit("_", 1)[0] for name in table["name"].to_pylist()]
+    opinions = [table[name].to_numpy() for name in ("mos_quality", "mos_align")]
+    return painters, table["prompt"].to_pylist(), np.column_stack(opinions)
+
+
+def agiqa_features(painters: list[str], prompts: list[str]) -> Floats:
+    """Painter, text, and each painter's own view of the text, standardised."""
+    from fifa.embed import TfidfEmbedder
+
+    names, ids = np.unique(painters, return_inverse=True)
+    distinct, places = np.unique(prompts, return_inverse=True)
+    text = TfidfEmbedder(16)(distinct.tolist())[places]
+    who = np.eye(len(names))[ids]
+    own = (who[:, :, None] * text[:, None, :]).reshape(len(who), -1)
+    rows = np.concatenate([who, text, own], axis=1)
+    return (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-9)
+
+
+def run_agiqa(path: Path, seed: int, out: Path | None) -> None:
+    painters, prompts, opinions = read_agiqa(path)
+    part = np.array([int(held_out(p, 0.4, seed)) + int(held_out(p, 0.2, seed)) for p in prompts])
+    x = agiqa_features(painters, prompts)
+    heads = fit_ridge(x, opinions, part, ("quality", "alignment"))
+    scores = x @ heads.weight.T + heads.bias
+    test = np.flatnonzero(part == 2)
+    pairs = [(i, j) for i in test for j in test if i < j and prompts[i] == prompts[j]]
+    first, second = np.array(pairs).T
+    said, felt = scores[first] - scores[second], opinions[first] - opinions[second]
+    strict = (felt != 0).all(1)
+    said, felt = said[strict], felt[strict]
+    apart = np.sign(felt[:, 0]) != np.sign(felt[:, 1])
+    result: dict[str, Any] = {"pairs": len(felt), "opinions_differ": float(apart.mean())}
+    for k, head in enumerate(("quality", "alignment")):
+        result[f"r2_{head}"] = float(heads.r2[k])
+        for o, opinion in enumerate(("quality", "alignment")):
+            right = np.sign(said[:, k]) == np.sign(felt[:, o])
+            result[f"{head}_head_on_{opinion}"] = share(float(right.sum()), len(right)).value
+    # Where the opinions differ the better aligned is the worse looking: does the contrast say so?
+    contrast = said[apart, 1] - said[apart, 0]
+    right = np.sign(contrast) == np.sign(felt[apart, 1])
+    found = share(float(right.sum()), len(right))
+    result["contrast_where_they_differ"] = [found.value, found.low, found.high, found.pairs]
+    difference = scores[:, 1] - scores[:, 0]
+    result["alignment_minus_quality"] = {
+        name: float(difference[np.array(painters) == name].mean()) for name in sorted(set(painters))
+    }
+    print(json.dumps(result, indent=1))
+    if out is not None:
+        write_atomic(out, json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -273,8 +338,14 @@ def main() -> None:
     rating.add_argument("data", type=Path, help="data set of `fifa world`")
     rating.add_argument("--out", type=Path, required=True, help="Parquet file")
     rating.add_argument("--seed", type=int, default=0)
+    real = commands.add_parser("agiqa")
+    real.add_argument("data", type=Path, help="data.csv of AGIQA-3K")
+    real.add_argument("--seed", type=int, default=0)
+    real.add_argument("--out", type=Path, help="JSON file of all numbers")
     args = parser.parse_args()
-    if args.command == "world":
+    if args.command == "agiqa":
+        run_agiqa(args.data, args.seed, args.out)
+    elif args.command == "world":
         run_world(args.seeds, args.rows, args.out)
     else:
         rate(args.data, args.out, args.seed)

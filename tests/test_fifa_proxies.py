@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pair_files import picture, write_pairs
@@ -471,6 +472,21 @@ def test_the_card_says_what_was_measured(folder: Path, cards: dict[str, Card]) -
     page = (folder / "scalar" / PAGE).read_text()
     assert f"{card.accuracy.low:.3f}" in page
     assert "| jpeg | +0." in page
+
+
+def test_biases_do_not_depend_on_which_side_came_first(folder: Path) -> None:
+    table = pq.read_table(folder / "d.parquet")
+    lost = np.array(table["label_0"]) == 0
+    sides = [table[f"jpg_{side}"].to_pylist() for side in (0, 1)]
+    first = [sides[int(flip)][i] for i, flip in enumerate(lost)]
+    second = [sides[int(not flip)][i] for i, flip in enumerate(lost)]
+    ones = {"label_0": [1.0] * ROWS, "label_1": [0.0] * ROWS}
+    write_pairs(folder / "won.parquet", ROWS, 100, jpg_0=first, jpg_1=second, **ones)
+    given = {"epochs": 1, "members": 1}
+    one = fit(config(folder, "as-shown", **given))
+    two = fit(config(folder, "won-first", pairs=folder / "won.parquet", **given))
+    assert one.labels == pytest.approx(two.labels, abs=1e-9)
+    assert one.accuracy.pairs == two.accuracy.pairs
 
 
 def test_a_table_without_users_gets_a_card_that_says_so(folder: Path) -> None:

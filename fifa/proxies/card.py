@@ -75,7 +75,7 @@ def card_of(
         temperature=float(proxy.temperature) if isinstance(proxy, HeadProxy) else 1.0,
         disagreement=float(margins.std(0).mean()),
         biases=_correlations(margin, difference),
-        labels=_correlations(won.astype(float), difference),
+        labels=_correlations(won - 0.5, difference),
         objectives=dict(extra),
         settings=config.model_dump(mode="json"),
     )
@@ -111,7 +111,12 @@ def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def _correlations(margin: NDArray[Any], difference: NDArray[Any]) -> dict[str, float]:
-    return {name: rank_correlation(margin, difference[:, j]) for j, name in enumerate(NUISANCES)}
+    """By nuisance; each pair counts in both orders, so it does not matter which side came first."""
+    both = np.r_[margin, -margin]
+    return {
+        name: rank_correlation(both, np.r_[difference[:, j], -difference[:, j]])
+        for j, name in enumerate(NUISANCES)
+    }
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -176,7 +181,11 @@ def _objective_lines(objectives: Mapping[str, Any]) -> list[str]:
     ]
     for name, found in objectives.items():
         lines.append(
-            f"| {name} | {found['ratings']:,} | {found['r2']:.3f} | {found['before']:.3f} | "
+            f"| {name} | {found['ratings']:,} | {_shown(found['r2'])} | {found['before']:.3f} | "
             f"{found['after']:.3f} |"
         )
     return lines
+
+
+def _shown(r2: float | None) -> str:
+    return "-" if r2 is None else f"{r2:.3f}"

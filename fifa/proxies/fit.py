@@ -8,6 +8,7 @@ with ties as an answer; a pairwise head is the pair preference model of RLHF Wor
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,33 +83,41 @@ def fit_heads(
             "learn from; name another encoder"
         )
     inputs = torch.cat([joint(first, text), joint(second, text)])
-    likelihood = LIKELIHOODS[config.ties]
+    total = config.members * config.epochs
     for member in range(config.members):
-        head = fresh(
-            lambda: HEADS[config.kind](width, config.hidden, config.dropout),
-            _seed(config.seed, member),
-        )
-        head.input.learn(inputs)
-        trainee = _Trainee(head, likelihood, data, config.smoothing)
-        descend(
-            trainee,
-            trainee.loss,
-            split.train,
-            split.validation,
-            recipe_of(config),
-            _seed(config.seed, member),
-            lambda done, total, member=member: progress(  # type: ignore[misc]
-                "fitting heads", member * total + done, config.members * total
-            ),
-        )
-        proxy.heads[member] = head
+        told = partial(_told, progress, member * config.epochs, total)
+        proxy.heads[member] = _fit_head(config, data, inputs, split, member, told)
     if config.kind == "pairwise":
+        shown = torch.cat([data.first[rows], data.second[rows]])
         rng = np.random.default_rng([config.seed, 1])
-        some = rng.choice(split.train, PANEL, replace=len(split.train) < PANEL)
-        proxy.panel.copy_(data.pictures[data.first[some]])
+        proxy.panel.copy_(data.pictures[shown[rng.choice(len(shown), PANEL)]])
     proxy.eval().requires_grad_(False)
     proxy.temperature.fill_(_temperature(proxy, data, split.validation))
     return proxy
+
+
+def _fit_head(
+    config: FitConfig,
+    data: PairTensors,
+    inputs: Tensor,
+    split: Split,
+    member: int,
+    told: Callable[[int, int], None],
+) -> ScalarHead | PairHead:
+    """One head of the ensemble; `inputs` are the joint features that it standardises by."""
+    seed = int(np.random.SeedSequence([config.seed, member]).generate_state(1)[0])
+    width = data.pictures.shape[1]
+    head: ScalarHead | PairHead = fresh(
+        lambda: HEADS[config.kind](width, config.hidden, config.dropout), seed
+    )
+    head.input.learn(inputs)
+    trainee = _Trainee(head, LIKELIHOODS[config.ties], data, config.smoothing)
+    descend(trainee, trainee.loss, split.train, split.validation, recipe_of(config), seed, told)
+    return head
+
+
+def _told(progress: Progress, before: int, total: int, done: int, of: int) -> None:
+    progress("fitting heads", before + done, total)
 
 
 class PairTensors:
@@ -159,7 +168,3 @@ def _temperature(proxy: HeadProxy, data: PairTensors, rows: np.ndarray) -> float
     with torch.no_grad():
         margin = proxy.compare(*data.rows(strict)).mean(0)
     return temperature(margin.numpy(), data.label[strict].numpy() == 1)
-
-
-def _seed(seed: int, member: int) -> int:
-    return int(np.random.SeedSequence([seed, member]).generate_state(1)[0])

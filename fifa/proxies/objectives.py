@@ -219,13 +219,14 @@ def assemble(
         config.seed,
     )
     heads = _set_heads(proxy, config, ratings)
-    proxy.nuisance.learn(torch.tensor(pairs.nuisances[pairs.first[split.train]]))
+    shown = np.r_[pairs.first[split.train], pairs.second[split.train]]
+    proxy.nuisance.learn(torch.tensor(pairs.nuisances[shown]))
     before, after = _set_removal(proxy, config, pairs, split)
     _set_gate(proxy, config, pairs, split, progress)
     facts = {
         name: {
             "ratings": int(heads.ratings[k]),
-            "r2": float(heads.r2[k]),
+            "r2": float(heads.r2[k]) if np.isfinite(heads.r2[k]) else None,
             "alpha": float(heads.alpha[k]),
             "before": before[k],
             "after": after[k],
@@ -257,19 +258,22 @@ def _set_removal(
     """Take the nuisances out; each objective's worst rank correlation on test rows, both times."""
     rng = np.random.default_rng([config.seed, 2])
     some = rng.permutation(split.train)[:REFERENCE]
-    shown, test = (_nuisances(proxy, pairs, rows) for rows in (some, split.test))
-    raw = objective_rewards(proxy, pairs, pairs.first, split.test)
+    # One picture of each row, of alternate sides: data may list the winner first.
+    side = np.where(np.arange(len(pairs)) % 2 == 0, pairs.first, pairs.second)
+    shown, test = (_nuisances(proxy, pairs, side[rows]) for rows in (some, split.test))
+    raw = objective_rewards(proxy, pairs, side, split.test)
     removal = find_removal(
-        objective_rewards(proxy, pairs, pairs.first, some), shown, config.rank_correlation
+        objective_rewards(proxy, pairs, side, some), shown, config.rank_correlation
     )
     proxy.removal.copy_(torch.from_numpy(removal))
     left = raw - test @ removal.T
-    return tuple([worst_correlation(r, test) for r in rewards.T] for rewards in (raw, left))  # type: ignore[return-value]
+    before, after = ([worst_correlation(r, test) for r in rewards.T] for rewards in (raw, left))
+    return before, after
 
 
-def _nuisances(proxy: ObjectivesProxy, pairs: PairFeatures, rows: NDArray[np.int64]) -> Doubles:
-    """Standardised nuisances (N, J) of the first pictures of these rows."""
-    return proxy.nuisance(torch.tensor(pairs.nuisances[pairs.first[rows]])).double().numpy()
+def _nuisances(proxy: ObjectivesProxy, pairs: PairFeatures, shown: NDArray[np.int64]) -> Doubles:
+    """Standardised nuisances (N, J) of pictures."""
+    return proxy.nuisance(torch.tensor(pairs.nuisances[shown])).double().numpy()
 
 
 def objective_rewards(

@@ -28,9 +28,10 @@ PANEL = 64  # pictures that a pairwise proxy compares with to make a score
 class HeadProxy(nn.Module):
     """Several heads of one kind, fitted from different seeds, and one temperature.
 
-    A score is in logits: the difference of two, through a sigmoid, is the calibrated probability
-    that people prefer the first. A pairwise head has no score of one picture; its mean logit
-    against a panel of stored pictures stands for it, so a score knows no neighbours.
+    A score of scalar heads is in logits: the difference of two, through a sigmoid, is the
+    calibrated probability that people prefer the first. A pairwise head has no score of one
+    picture; its mean logit against a panel of stored pictures stands for it, so a score knows no
+    neighbours.
     """
 
     heads: Any  # a ModuleList of ScalarHead or of PairHead
