@@ -31,6 +31,13 @@ app = typer.Typer(
     help="Where preferences come from: score a preference data set, keep its best pairs.",
 )
 
+reward_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Reward models of your own: fit one to pairs or ratings, ask it why, export a part.",
+)
+app.add_typer(reward_app, name="reward")
+
 
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2."""
@@ -371,11 +378,84 @@ def rewards() -> None:
     )
 
 
+@reward_app.command("fit", epilog="Example: `fifa reward fit runs/pairs --out runs/proxy`")
+def reward_fit(
+    pairs: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
+    out: Annotated[Path, typer.Option(help="Folder for the proxy and its model card.")],
+    kind: Annotated[str | None, typer.Option(help="scalar, pairwise or objectives.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Frozen features: mini, clip:..., transformers:...")
+    ] = None,
+    ratings: Annotated[
+        Path | None, typer.Option(help="Rating table for objectives: .parquet, .csv, .jsonl.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, weights and order.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Fit a proxy to people's choices; use it as the reward `fitted:OUT`."""
+    from fifa.proxies import FitConfig
+    from fifa.proxies.card import PAGE
+    from fifa.proxies.fit import fit
+
+    given = {
+        "pairs": pairs,
+        "out": out,
+        "kind": kind,
+        "encoder": encoder,
+        "ratings": ratings,
+        "seed": seed,
+    }
+    with _progress() as progress:
+        card = fit(_config(FitConfig, config, given, settings), progress)
+    for reason, count in {**card.dropped, **card.rejected}.items():
+        print(f"  set aside, {count:,} rows: {reason}")
+    print(f"agrees with {_share(card.accuracy)} of {card.accuracy.pairs:,} held-out strict pairs")
+    print(f"model card in {out / PAGE}")
+
+
+@reward_app.command("explain", epilog="Example: `fifa reward explain runs/armo 'a red star' a.png`")
+def reward_explain(
+    folder: Annotated[Path, typer.Argument(help="Folder of a proxy of kind objectives.")],
+    prompt: Annotated[str, typer.Argument(help="What the pictures were asked to show.")],
+    pictures: Annotated[list[Path], typer.Argument(help="One picture, or several to compare.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the parts of the score here.")] = None,
+) -> None:
+    """Say why pictures score as they do: objectives x what the prompt makes of them."""
+    from fifa.proxies.explain import draw, explain
+
+    found = explain(folder, prompt, pictures)
+    _table(
+        f"{prompt}: reward x coefficient = part of the score",
+        ("objective", "coefficient", *(path.name for path in pictures)),
+        found.lines(),
+    )
+    if plot is not None:
+        draw(found, plot)
+        print(plot)
+
+
+@reward_app.command(
+    "export", epilog="Example: `fifa reward export runs/armo 'neat=1' --out runs/n`"
+)
+def reward_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a proxy of kind objectives.")],
+    weights: Annotated[str, typer.Argument(help="Fixed weights: NAME=NUMBER,NAME=NUMBER.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new reward.")],
+) -> None:
+    """Make a reward of an objective, or of several at fixed weights in place of the gate."""
+    from fifa.proxies.explain import export, parse_weights
+
+    export(folder, parse_weights(weights), out)
+    print(out)
+
+
 @app.command()
 def settings() -> None:
-    """List every setting of `convert`, `score`, `select` and `sweep`, its default and meaning."""
+    """List every setting of `convert`, `score`, `select`, `sweep`, `reward fit`, its meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
+    from fifa.proxies import FitConfig
     from fifa.scoring.settings import ScoreConfig
     from fifa.sources.convert import ConvertConfig
     from fifa.sweep import SweepConfig
@@ -385,6 +465,7 @@ def settings() -> None:
         ("score", ScoreConfig),
         ("select", SelectConfig),
         ("sweep", SweepConfig),
+        ("reward fit", FitConfig),
     )
     for name, cls in kinds:
         print(f"fifa {name}")

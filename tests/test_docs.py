@@ -25,7 +25,8 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 SMALLER = {
     r"--rows \d+": "--rows 800",
     r"--prompts \d+": "--prompts 2",
-    r"--seeds 0 1 2": "--seeds 0",
+    r"--others \d+": "--others 200",
+    r"--seeds 0 1 2( 3)?": "--seeds 0",
     r"(benchmarks/filter\.py)": r"\1 --small",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",

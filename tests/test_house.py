@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
-        " | selection, bench, denylist | scoring, filtering, sweep, report"
+        " | features | selection, bench, denylist | proxies | scoring, filtering, sweep, report"
         " | __init__ | cli | __main__"
     ),
     "d3po": (

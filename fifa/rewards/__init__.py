@@ -64,6 +64,7 @@ REWARDS: dict[str, str] = {
     "clip": "fifa.rewards.clip:ClipScore",
     "aesthetic": "fifa.rewards.aesthetic:Aesthetic",
     "mini": "fifa.rewards.mini:MiniReward",
+    "fitted": "fifa.rewards.fitted:FittedReward",
     "oracle": "fifa.rewards.miniworld:OracleReward",
     "oracle_strict": "fifa.rewards.miniworld:StrictOracleReward",
     "neatness": "fifa.rewards.miniworld:NeatnessReward",
