@@ -170,8 +170,8 @@ ROUND = {
         ("shortcut", {"follows": {"brightness": 0.97, "saturation": 0.1}}),
         ("shortcut", {"follows": {"brightness": None, "saturation": -0.95}}),
         ("ties", {"tied": 0.95}),
-        ("tone", {"brightness": 0.7}),
-        ("tone", {"saturation": 0.15}),
+        ("tone", {"brightness": 0.8}),
+        ("tone", {"saturation": 0.02}),
         ("diversity", {"diversity": 0.4}),
     ],
 )

@@ -84,7 +84,7 @@ class HealthConfig(Config):
         "which it is taken to see little else.",
     )
     tone: float = Field(
-        0.1, gt=0, description="Drift of the pictures' brightness or saturation, both in [0, 1]."
+        0.25, gt=0, description="Drift of the pictures' brightness or saturation, both in [0, 1]."
     )
     diversity: float = Field(
         0.5,
