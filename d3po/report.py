@@ -11,6 +11,7 @@ import html
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,26 +130,31 @@ def _evaluation(
     if not found:
         return None
     judges = [{"judge": name, **values} for name, values in found[-1]["judges"].items()]
-    diversity = {
+    pairs = {
         key: [found[-1][key][who] for who in ("policy", "reference")]
-        for key in ("pixel_diversity", "latent_diversity")
+        for key in PAIRED
+        if key in found[-1]
     }
     sizes = {
         "prompts": len(evaluation_prompts(config)),
         "images": config.eval.images,
         "seed": config.eval.seed,
     }
-    return _from_json({**sizes, "judges": judges, **diversity}, folder.metrics)
+    return _from_json({**sizes, "judges": judges, **pairs}, folder.metrics)
+
+
+PAIRED = ("pixel_diversity", "latent_diversity", "brightness", "saturation")  # policy, reference
 
 
 def _from_json(values: Mapping[str, Any], where: Path) -> Evaluation:
-    """JSON has null where a single picture has no distance."""
-    distances = {
-        key: tuple(np.nan if number is None else number for number in values.get(key, ()))
-        for key in ("pixel_diversity", "latent_diversity")
+    """JSON has null where a single picture has no distance, or a tone was not measured."""
+    pairs = {
+        key: tuple(math.nan if number is None else number for number in values[key])
+        for key in PAIRED
+        if key in values
     }
     try:
-        return TypeAdapter(Evaluation).validate_python({**values, **distances})
+        return TypeAdapter(Evaluation).validate_python({**values, **pairs})
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise InputError(f"{where} holds no evaluation ('{key}' is missing or wrong)") from None

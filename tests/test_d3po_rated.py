@@ -300,7 +300,7 @@ def offline(tiny_sd: Path, tmp_path: Path, run: Run, name: str) -> tuple[Learner
     sgd = torch.optim.SGD(policy.trainable(), lr=1.0)
     policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, sgd)
     cache = cached_pairs(config, policy.family, run)
-    source = OfflineSource(config, optim, policy.family, cache, run, wants=objective.wants)
+    source = OfflineSource(config, optim, policy.family, policy, cache, run, wants=objective.wants)
     return Learner(policy, wrapped, objective, optim), source
 
 
