@@ -11,6 +11,7 @@ Ours is what `train.py` runs: each image scored once a step for all its pairs, t
 adapter off (or its stored weights), once a rollout.
 
 Both get the same rollout, and their gradients are compared, so it is one update done in two ways.
+Of the straight way three pairs are timed and counted up to all: each costs it the same.
 They take turns, a warm-up first; a ratio is that of one turn, and the median over turns is told.
 Seconds are those of the processor, on one thread, so that a neighbour's work hardly counts.
 """
@@ -23,22 +24,34 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import (
+    Keep,
+    apart,
+    flops,
+    gradient_left_by,
+    megabytes,
+    policy_near_reference,
+    seconds_of,
+)
 from torch import Tensor
 
 from d3po.draws import derive_seed
 from d3po.families import Family, load_family
 from d3po.generate import Generated, Order, SamplerConfig, generate
-from d3po.online import OnlineConfig, OnlineSource, Place, Scores, strict_pairs
-from d3po.policy import Policy, PolicyConfig
+from d3po.judging import Place, Scores, strict_pairs
+from d3po.losses import BoundObjective, ObjectiveConfig
+from d3po.online import OnlineConfig, OnlineSource
+from d3po.policy import Policy
 from d3po.run import Run, RunConfig
-from d3po.trainer import BoundObjective, Chunk, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
+from d3po.updates import Chunk
 from fifa.config import write_atomic
 
 GUIDANCE, BETA, CLIP = 5.0, 0.1, 0.1  # as published
@@ -116,17 +129,6 @@ class Straight:
 # ---- ours ---------------------------------------------------------------------------------------
 
 
-class Keep(torch.optim.SGD):
-    """An optimizer that keeps the gradient and leaves the weights alone."""
-
-    kept: Tensor
-
-    def step(self, closure: Any = None) -> None:
-        """Copy the gradient of every parameter, one after the other."""
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        self.kept = torch.cat([grad.detach().flatten().clone() for grad in grads])
-
-
 @dataclass(frozen=True)
 class Ours:
     """Rounds of one group of G images, learned from without moving the weights."""
@@ -139,20 +141,9 @@ class Ours:
     def update(self) -> float:
         """Seconds from the judged rollout to the gradient, which `keep` then holds."""
         updates = self.source.round(0).updates
-        start = time.process_time()
-        for update in updates:
-            train_step(self.learner, update, self.run, 0)
-        return time.process_time() - start
-
-
-def policy_of(method: str) -> Policy:
-    """The mini model, a little way from its reference."""
-    policy = Policy(load_family("mini"), PolicyConfig(method=method))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in policy.trainable():
-            p.add_(1e-3 * torch.randn(p.shape, generator=generator))
-    return policy
+        return seconds_of(
+            lambda: [train_step(self.learner, update, self.run, 0) for update in updates]
+        )
 
 
 def ours_of(policy: Policy, run: Run, sampler: SamplerConfig, online: OnlineConfig) -> Ours:
@@ -193,60 +184,49 @@ def straight_of(
     straight = Straight(
         policy.bare,
         reference,
-        family.encode_text([""]),
+        family.encode_text([""]).tensors["text"],
         scheduler.alphas_cumprod.double(),
         float(scheduler.final_alpha_cumprod),
         scheduler.timesteps.tolist(),
     )
-    paths = [Walk(made.trajectory.latents[k], made.cond[k : k + 1]) for k in range(images)]
+    text = made.cond.tensors["text"]
+    paths = [Walk(made.trajectory.latents[k], text[k : k + 1]) for k in range(images)]
     order = strict_pairs(brightness(made.images, [], []))
     return straight, [(paths[win], paths[lose]) for win, lose in order]
 
 
-def gradient(policy: Policy, work: Callable[[], None]) -> tuple[float, Tensor]:
-    """(seconds of `work`, the gradient that it left behind), cleared afterwards."""
-    start = time.process_time()
-    work()
-    seconds = time.process_time() - start
-    grads = torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
-    policy.bare.zero_grad(set_to_none=True)
-    return seconds, grads
+def difference(
+    policy: Policy, reference: Any, run: Run, images: int, arguments: argparse.Namespace
+) -> float:
+    """|g - g'| / |g'| of the two gradients, both computed in float64; the networks stay in it.
 
-
-def flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions in `work`."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
-
-
-def difference(ours: Ours, reference: Any, sampler: SamplerConfig, images: int) -> float:
-    """|g - g'| / |g'| of the two gradients, both computed in float64; the networks stay in it."""
-    policy = ours.learner.policy
+    On all pairs, with a path of at most `check_steps` steps.
+    """
+    sampler = SamplerConfig(steps=min(arguments.steps, arguments.check_steps), guidance=GUIDANCE)
     policy.bare.double()
     straight, pairs = straight_of(policy, reference.double(), sampler, images)
     wide = dataclasses.replace(straight, uncond=straight.uncond.double())
-    _, theirs = gradient(policy, lambda: wide.update([(w.double(), m.double()) for w, m in pairs]))
+    doubled = [(win.double(), lose.double()) for win, lose in pairs]
+    theirs = gradient_left_by(lambda: wide.update(doubled), policy)
+    ours = ours_of(policy, run, sampler, OnlineConfig(groups=1, images=images))
     for update in ours.source.round(0).updates:
         chunks = [in_float64(chunk) for chunk in update.chunks]
         train_step(ours.learner, dataclasses.replace(update, chunks=chunks), ours.run, 0)
-    return float((theirs - ours.keep.kept).norm() / theirs.norm())
+    return apart(ours.keep.kept, theirs)
 
 
 def in_float64(chunk: Chunk) -> Chunk:
     """The same chunk on float64 latents and text; its reference is scored anew."""
     assert isinstance(chunk.logp, partial)
     latents, cond, steps = chunk.logp.args
-    logp = partial(chunk.logp.func, latents.double(), cond.double(), steps)
+    logp = partial(chunk.logp.func, latents.double(), cond.to(torch.float64), steps)
     return dataclasses.replace(chunk, logp=logp, ref=None)
 
 
 def compare(method: str, images: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row of the table for each number of steps at once."""
     sampler = SamplerConfig(steps=arguments.steps, guidance=GUIDANCE)
-    reference, policy = load_family("mini").denoiser, policy_of(method)
+    reference, policy = load_family("mini").denoiser, policy_near_reference(method)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(RunConfig(dir=folder))
         ours = {
@@ -260,9 +240,11 @@ def compare(method: str, images: int, arguments: argparse.Namespace) -> list[dic
             for epochs in (1, 2)
         }
         straight, pairs = straight_of(policy, reference, sampler, images)
+        some = pairs[: arguments.timed_pairs]  # every pair costs the straight way the same
         turns = []
         for _ in range(arguments.turns + 1):
-            seconds, _ = gradient(policy, lambda: straight.update(pairs))
+            seconds = seconds_of(lambda: straight.update(some)) * len(pairs) / len(some)
+            policy.bare.zero_grad(set_to_none=True)
             turns.append((seconds, {key: own.update() for key, own in ours.items()}))
         straight_flops = len(pairs) * flops(lambda: straight.update(pairs[:1]))
         policy.bare.zero_grad(set_to_none=True)
@@ -273,8 +255,8 @@ def compare(method: str, images: int, arguments: argparse.Namespace) -> list[dic
             "images": images,
             "pairs": len(pairs),
             "flop_ratio": round(straight_flops / own_flops, 2),
-            "second_unet_mb": round(sum(p.nbytes for p in reference.parameters()) / 1e6, 1),
-            "gradient_difference_float64": difference(first, reference, sampler, images),
+            "second_unet_mb": megabytes(reference),
+            "gradient_difference_float64": difference(policy, reference, run, images, arguments),
         }
         run.close()
     return [
@@ -315,29 +297,31 @@ def matrix_rate(size: int = 1024) -> float:
 def main() -> None:
     """Print one line a row; write the table when asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, nargs="+", default=[2, 7])
+    parser.add_argument("--images", type=int, nargs="+", default=[7, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--steps-at-once", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--methods", nargs="+", default=["lora", "full"])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--timed-pairs", type=int, default=3, help="of the straight way, a turn")
+    parser.add_argument("--check-steps", type=int, default=4, help="of the gradients' comparison")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # what two threads gain is lost again on a machine with other work
-    rows = []
-    for method in arguments.methods:
-        for images in arguments.images:
-            rows += compare(method, images, arguments)
-            print(*map(json.dumps, rows[-len(arguments.steps_at_once) :]), sep="\n", flush=True)
-    facts = {
+    facts: dict[str, Any] = {
         "what": "one D3PO update of one group, mini model, guidance 5, float32, one thread",
         "steps": arguments.steps,
         "turns": arguments.turns,
         "torch": torch.__version__,
         "matrix_gflops_per_second": round(matrix_rate(), 1),
-        "rows": rows,
+        "rows": [],
     }
-    if arguments.out:
-        write_atomic(arguments.out, json.dumps(facts, indent=2) + "\n")
+    for method in arguments.methods:
+        for images in arguments.images:
+            found = compare(method, images, arguments)
+            print(*map(json.dumps, found), sep="\n", flush=True)
+            facts["rows"] += found
+            if arguments.out:  # what is there is kept when the rest is given up
+                write_atomic(arguments.out, json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

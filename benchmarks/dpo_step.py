@@ -42,11 +42,12 @@ from side_by_side import (
 from torch import Tensor
 
 from d3po.draws import derive_seed, shuffled
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import OfflineConfig, OfflineSource, cached_pairs
 from d3po.policy import Policy
 from d3po.run import Run, RunConfig
 from d3po.sampling import image_noise
-from d3po.trainer import BoundObjective, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
 from fifa.config import write_atomic
 from fifa.miniworld.dataset import write_dataset
 from fifa.pairs import Pair, load_pairs
