@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from tiny_pipelines import clip_tokenizer
 from pair_files import caption, picture, write_pairs
 
 from fifa.config import InputError
@@ -29,7 +29,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder = tmp_path_factory.mktemp("clip")
-    tokenizer = tiny_tokenizer(folder / "vocabulary")
+    tokenizer = clip_tokenizer(folder / "vocabulary")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
