@@ -6,6 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 ARGS   ?=
+# Processes that share the tests, one thread each.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -18,8 +20,8 @@ help:  ## show this list
 demo: $(VENV)/.installed-demo  ## the main job on the embedded mini model; report in runs/demo/report.html (OUT=folder, ARGS=--quick)
 	$(BIN)/d3po demo --out $(OUT) $(ARGS)
 
-test: $(VENV)/.installed-test  ## run the test suite (ARGS="-k house" runs a part of it)
-	$(BIN)/python -m pytest --durations=15 $(ARGS)
+test: $(VENV)/.installed-test  ## run the test suite (ARGS="-k house" runs a part of it, WORKERS=8 shares it among more processes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## check style, formatting and types
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""How a judge of text quality grades a file of prompts, one a line.
+"""How a judge of text quality grades prompts: a text or JSON file, or a folder of them.
 
     python benchmarks/text_quality.py prompts.txt --judge heuristic --show 20
 
@@ -17,12 +17,16 @@ from pathlib import Path
 
 from fifa.judge import Quality, load_judge
 from fifa.judge.heuristic import is_harmful
+from fifa.pairs import BadRow
+from fifa.sources.prompts import open_prompts
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The distinct lines of a file that are not empty."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    """The distinct prompts that can be read."""
+    table = open_prompts(path)
+    found = [row for i in range(len(table.row_groups())) for row in table.prompts(i)]
+    prompts = (row[1].strip() for row in found if not isinstance(row, BadRow))
+    return list(dict.fromkeys(prompt for prompt in prompts if prompt))
 
 
 def bands(qualities: Sequence[Quality]) -> list[str]:
@@ -49,7 +53,7 @@ def shown(prompt: str, quality: Quality) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("prompts", type=Path, help="text file, one prompt a line")
+    parser.add_argument("prompts", type=Path, help=".txt, .jsonl, .json, or a folder")
     parser.add_argument("--judge", default="heuristic", help="as of fifa score --judge")
     parser.add_argument("--show", type=int, default=20, help="best and worst prompts to show")
     parser.add_argument("--limit", type=int, help="judge only the first prompts")

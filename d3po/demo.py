@@ -23,13 +23,14 @@ from typing import Any
 from d3po.evaluate import EvalConfig, Evaluation
 from d3po.families import MINI
 from d3po.generate import SamplerConfig
+from d3po.losses import ObjectiveConfig
 from d3po.offline import OfflineConfig
 from d3po.online import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig
 from d3po.report import Section, hidden_truth, read_run, verdict, write_report
 from d3po.run import RunConfig, plain
-from d3po.trainer import ObjectiveConfig, OptimConfig
+from d3po.trainer import OptimConfig
 from fifa.config import InputError, fingerprint, to_yaml, write_atomic
 from fifa.filtering import KEPT, SUMMARY, SelectConfig, select
 from fifa.miniworld.dataset import write_dataset

@@ -93,10 +93,6 @@ class JudgeResult:
     win_rate_interval: tuple[float, float] | None  # 95%, Wilson, over pictures that are no ties
 
 
-# what an Evaluation says of policy and reference, in this order; runs of before have no tones
-OF_BOTH = ("pixel_diversity", "latent_diversity", *TONES)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Policy against reference."""
@@ -122,9 +118,10 @@ class Evaluation:
         for result in self.judges:
             values = asdict(result)
             judges[values.pop("judge")] = values
+        both = ("pixel_diversity", "latent_diversity", *TONES)
         pairs = {
             name: dict(zip(("policy", "reference"), getattr(self, name), strict=True))
-            for name in OF_BOTH
+            for name in both
         }
         return {"judges": judges, **pairs}
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from d3po.draws import derive_seed
 from d3po.families import Family, guided
+from d3po.families.conditioning import Conditioning
 from d3po.sampling import Reduce, Trajectory, image_noise, path_noise, rollout
-from d3po.schedule import TimeGrid, ddim_grid
+from d3po.schedule import TimeGrid
+from d3po.speed import encoders_at_hand
 from fifa.config import Config
 
 
@@ -28,8 +30,8 @@ class SamplerConfig(Config):
         1.0,
         ge=0,
         le=1,
-        description="Noise of each step: 0 deterministic DDIM, 1 as much as DDPM (D3PO, table "
-        "2: 1).",
+        description="Noise of each step: 0 deterministic, 1 as much as DDPM (D3PO, table 2: 1); of "
+        "a flow model, the level a of its SDE (Flow-GRPO: 0.7).",
     )
     guidance: float = Field(
         5.0,
@@ -45,7 +47,7 @@ class SamplerConfig(Config):
 
     def grid(self, family: Family) -> TimeGrid:
         """The T steps of this sampler on the family's noise schedule."""
-        return ddim_grid(family.schedule, self.steps, self.eta)
+        return family.schedule.grid(self.steps, self.eta)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def independent_orders(
 class Generated:
     """A batch of pictures in the order asked for, with all that training needs of them."""
 
-    cond: Tensor  # (B, L, D)
+    cond: Conditioning  # B rows
     trajectory: Trajectory  # latents (B, T+1, C, h, w)
     images: Tensor  # (B, 3, H, W) float32 in [0, 1]
 
@@ -94,6 +96,17 @@ def generate(
     reduce: Reduce = "mean",
 ) -> Iterator[Generated]:
     """Make the pictures, `sampler.batch` at a time."""
+    with encoders_at_hand(family):
+        yield from _generated(family, denoiser, sampler, orders, reduce)
+
+
+def _generated(
+    family: Family,
+    denoiser: nn.Module,
+    sampler: SamplerConfig,
+    orders: Sequence[Order],
+    reduce: Reduce,
+) -> Iterator[Generated]:
     grid = sampler.grid(family)
     uncond = family.encode_text([""]) if sampler.guidance != 1 else None
     for start in range(0, len(orders), sampler.batch):
@@ -113,8 +126,8 @@ def generate(
 
 
 @torch.no_grad()
-def encode_prompts(family: Family, prompts: Sequence[str]) -> Tensor:
-    """Conditioning (N, L, D); a prompt that repeats is encoded once."""
+def encode_prompts(family: Family, prompts: Sequence[str]) -> Conditioning:
+    """Conditioning of N rows; a prompt that repeats is encoded once."""
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     encoded = family.encode_text(list(distinct))
     return encoded[[distinct[prompt] for prompt in prompts]]

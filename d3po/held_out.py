@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d3po.draws import derive_seed
 from d3po.families import Family, guided
+from d3po.families.conditioning import Conditioning
 from d3po.generate import encode_prompts
 from d3po.health import Health
 from d3po.likelihood import renoise_logp
@@ -101,7 +102,7 @@ class _Batch:
     """Encoded pairs, winners first: 2Q images."""
 
     x0: Tensor  # (2Q, C, h, w)
-    cond: Any  # of the 2Q images, as the family encodes text
+    cond: Conditioning  # of the 2Q images
     noise: Tensor  # (2Q, 1, C, h, w), the same for winner and loser
     times: Tensor  # (2Q, 1)
     ref: Tensor  # (2Q, 1)
@@ -160,18 +161,16 @@ class HeldOut:
             x0=self.family.encode_images(to_batch(pictures).to(device)),
             cond=encode_prompts(self.family, [pair.prompt for pair in pairs] * 2),
             noise=torch.cat([noise, noise])[:, None].to(device),
-            times=torch.tensor(times * 2)[:, None],
+            times=torch.tensor(times * 2, dtype=self.family.schedule.time_dtype)[:, None],
             ref=torch.empty(0),
         )
         ref = reference_logp(self.policy, lambda denoiser: self._logp(batch, denoiser))
         return _Batch(batch.x0, batch.cond, batch.noise, batch.times, ref)
 
-    def _time(self, row: int) -> int:
+    def _time(self, row: int) -> float:
         """A time of the part of the schedule that is trained on, the same at every evaluation."""
-        count = len(self.family.schedule)
-        low, high = (round(share * count) for share in self.noise)
-        low = min(low, count - 1)
-        return low + derive_seed(self.run.config.seed, "held-out time", row) % max(1, high - low)
+        draw = derive_seed(self.run.config.seed, "held-out time", row)
+        return self.family.schedule.random_time(draw, self.noise)
 
     def _logp(self, batch: _Batch, denoiser: nn.Module) -> Tensor:
         predict = guided(self.family, denoiser, batch.cond)

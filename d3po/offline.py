@@ -1,12 +1,13 @@
-"""Diffusion-DPO offline: pairs from a table, encoded once, then re-noised and compared.
+"""Offline: pairs from a table, encoded once, then re-noised and compared (Diffusion-DPO).
 
 The data set is decoded and encoded before training, into memory-mapped arrays whose folder name is
 a fingerprint of the rows, the encoders and the settings, so a second run finds them and no run
 trains on stale ones. The loop itself needs neither VAE nor text encoder. A row that is no pair, or
 whose pictures cannot be decoded, is set aside, counted and listed; it never ends the pass.
 
-The time and the noise of a pair are functions of (seed, epoch, pair), the same for winner and loser
-and for policy and reference (Wallace et al. 2023, section S4: the pseudocode shares both).
+The time and the noise of a pair are functions of (seed, draw, pair), the same for winner and loser
+and for policy and reference (Wallace et al. 2023, section S4: the pseudocode shares both). Every
+epoch has a draw of its own, unless their number is limited.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from torch import Tensor, nn
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
+from d3po.families.conditioning import Conditioning
 from d3po.generate import encode_prompts
 from d3po.likelihood import renoise_logp
+from d3po.policy import Policy
+from d3po.reference import ReferenceScores
 from d3po.run import Run
 from d3po.sampling import Reduce, image_noise
-from d3po.trainer import Chunk, OptimConfig, Round, Update
+from d3po.trainer import OptimConfig, reference_logp
+from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
 from fifa.config import Config, InputError, atomic_path, fingerprint
 from fifa.images import Pixels, decode, to_batch
 from fifa.pairs import BadRow, Pair, PairTable, held_out, normalise_prompt, pair_from
@@ -58,6 +63,12 @@ class OfflineConfig(Config):
         (0.0, 1.0),
         description="Part of the noise schedule that pairs are re-noised to: 0 clean, 1 pure "
         "noise (published: all of it). The noisy half is where layout is decided.",
+    )
+    noise_draws: int | None = Field(
+        None,
+        ge=1,
+        description="How many times and noises a pair is compared at; epochs go round among them, "
+        "and the reference is asked once for each (8 bytes a pair). null: fresh ones each epoch.",
     )
     cache: str = Field(
         "runs/cache",
@@ -90,7 +101,7 @@ class PairCache:
     win: NDArray[Any]  # (Q, C, h, w) latents
     lose: NDArray[Any]  # (Q, C, h, w)
     prompt: NDArray[np.int64]  # (Q,) row of `cond`
-    cond: NDArray[Any]  # (U, L, D); row 0 is the empty prompt
+    cond: Mapping[str, NDArray[Any]]  # conditioning by name, U rows; row 0 is the empty prompt
     summary: Mapping[str, Any]  # what became of the table's rows
 
     @classmethod
@@ -103,7 +114,18 @@ class PairCache:
             name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=tuple(shape))
             for name, (dtype, shape) in summary["arrays"].items()
         }
-        return cls(folder=folder, summary=summary, **arrays)
+        cond = {
+            name.removeprefix("cond."): arrays.pop(name)
+            for name in list(arrays)
+            if name.startswith("cond.")
+        }
+        return cls(folder=folder, summary=summary, cond=cond, **arrays)
+
+    def conditioning(self, rows: Sequence[int]) -> Conditioning:
+        """Rows of `cond`, float32."""
+        return Conditioning(
+            {name: torch.from_numpy(array[rows]).float() for name, array in self.cond.items()}
+        )
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -137,11 +159,14 @@ def cached_pairs(
 def _cache_key(
     config: OfflineConfig, table: PairTable, family: Family, excluded: frozenset[str]
 ) -> str:
+    empty = family.encode_text([""]).tensors
     choice = [
         config.held_out_fraction,
         config.held_out_seed,
         config.cache_dtype,
         family.image_size,
+        # how many tokens, and whether the empty prompt is encoded, is not told by the weights
+        [[name, *tensor.shape[1:], bool(tensor.any())] for name, tensor in empty.items()],
         sorted(excluded),
     ]
     return fingerprint(table.fingerprint(), *_encoder_bytes(family), json.dumps(choice))
@@ -277,16 +302,17 @@ class _CacheWriter:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         prompts = list(self.prompts)
-        text: tuple[int, ...] = (0,)
+        shapes: dict[str, tuple[int, ...]] = {}
         for start in range(0, len(prompts), 64):
             cond = encode_prompts(self.family, prompts[start : start + 64])
-            text = tuple(cond.shape[1:])
-            self._append("cond", _numbers(cond, self.dtype))
+            for name, tensor in cond.tensors.items():
+                shapes[f"cond.{name}"] = tuple(tensor.shape[1:])
+                self._append(f"cond.{name}", _numbers(tensor, self.dtype))
         arrays = {
             "win": (self.dtype.name, (self.count, *self.family.latent_shape)),
             "lose": (self.dtype.name, (self.count, *self.family.latent_shape)),
             "prompt": ("int64", (self.count,)),
-            "cond": (self.dtype.name, (len(prompts), *text)),
+            **{name: (self.dtype.name, (len(prompts), *own)) for name, own in shapes.items()},
         }
         note = json.dumps({**summary, "arrays": arrays}, indent=1) + "\n"
         (self.folder / "summary.json").write_text(note, encoding="utf-8")
@@ -345,58 +371,98 @@ class OfflineSource:
         config: OfflineConfig,
         optim: OptimConfig,
         family: Family,
+        policy: Policy,
         cache: PairCache,
         run: Run,
         reduce: Reduce = "mean",
+        wants: Wants = PAIRS,
     ) -> None:
-        self.config, self.optim, self.family = config, optim, family
+        if wants.kind == "advantages":
+            raise InputError(
+                "this objective needs rewards and the log-probabilities that images were drawn "
+                "with, and stored pairs have neither: use method d3po (rollouts), or an objective "
+                "on pairs or labels"
+            )
+        self.wants = wants
+        self.config, self.optim, self.family, self.policy = config, optim, family, policy
         self.cache, self.run, self.reduce = cache, run, reduce
         self.pairs_per_update = optim.micro_batch * optim.accumulation * run.processes
+        wanted = wants.reference and config.noise_draws is not None
+        self.reference = self._reference() if wanted else None
 
     def round(self, index: int) -> Round:
         """The one update of round `index`."""
         size, micro = self.pairs_per_update, self.optim.micro_batch
         places = range(index * size, (index + 1) * size)
         order = shuffled(self.run.config.seed, len(self.cache), places.start, places.stop)
-        own = [(places[i] // len(self.cache), order[i]) for i in self.run.share(size)]
+        draws = [self._draw(place // len(self.cache)) for place in places]
+        if self.reference is not None:
+            self.reference.ready(sorted(set(draws)))
+        own = [(draws[i], order[i]) for i in self.run.share(size)]
         chunks = [self._chunk(own[i : i + micro]) for i in range(0, len(own), micro)]
-        return Round({}, iter([Update(chunks, len(own))]))
+        images = 1 if self.wants.kind == "pairs" else 2
+        return Round({}, iter([Update(chunks, images * len(own))]))
 
-    def _chunk(self, pairs: Sequence[tuple[int, int]]) -> Chunk:
-        """A chunk of Q pairs, given as (epoch, row of the cache): 2Q images, winners first."""
-        count, device = len(pairs), self.run.device
+    def _chunk(self, pairs: Sequence[tuple[int, int]]) -> Chunk | Rated:
+        """A chunk of Q pairs, given as (draw, row of the cache): 2Q images, winners first.
+
+        For an objective on labels winners are liked images and losers disliked ones.
+        """
+        count, device, logp = len(pairs), self.run.device, partial(self._logp, pairs)
+        ref = None
+        if self.reference is not None:
+            ref = torch.from_numpy(self.reference(pairs).T.reshape(-1, 1)).to(device)
+        if self.wants.kind == "labels":
+            liked = torch.ones(count, device=device)
+            return Rated(logp, "labels", torch.cat([liked, -liked]), steps=1, ref=ref)
         rows = torch.arange(count, device=device)
-        return Chunk(partial(self._logp, pairs), win=rows, lose=rows + count, steps=1)
+        return Chunk(logp, win=rows, lose=rows + count, steps=1, ref=ref)
+
+    def _reference(self) -> ReferenceScores:
+        config, run = self.config, self.run
+        choice = [run.config.seed, config.noise, config.empty_prompts, config.encode_batch]
+        how = [self.reduce, run.accelerator.mixed_precision, run.device.type]
+        key = fingerprint(self.policy.fingerprint(), json.dumps([choice, how]))
+
+        def score(draw: int, rows: Sequence[int]) -> NDArray[np.float32]:
+            logp = partial(self._logp, [(draw, row) for row in rows])
+            scores = reference_logp(self.policy, logp).float().cpu().numpy()
+            return scores.reshape(2, -1).T
+
+        folder = self.cache.folder / f"reference-{key}"
+        return ReferenceScores(folder, len(self.cache), config.encode_batch, score, run)
+
+    def _draw(self, epoch: int) -> int:
+        """Which of its times and noises a pair meets in this epoch."""
+        return epoch if self.config.noise_draws is None else epoch % self.config.noise_draws
 
     def _logp(self, pairs: Sequence[tuple[int, int]], denoiser: nn.Module) -> Tensor:
         """Log-probabilities (2Q, 1); one forward over winners and losers."""
         device = self.run.device
         rows = np.array([row for _, row in pairs])
         x0 = torch.from_numpy(np.concatenate([self.cache.win[rows], self.cache.lose[rows]]))
-        cond = torch.from_numpy(self.cache.cond[[self._prompt(*pair) for pair in pairs]])
+        cond = self.cache.conditioning([self._prompt(*pair) for pair in pairs])
         noise = image_noise([self._seed("noise", *p) for p in pairs], self.family.latent_shape, 0)
         times = [self._time(*pair) for pair in pairs]
-        predict = guided(self.family, denoiser, cond.float().repeat(2, 1, 1).to(device))
+        predict = guided(self.family, denoiser, cond.repeat(2).to(device))
         return renoise_logp(
             predict,
             self.family.schedule,
             x0.float().to(device),
             noise.repeat(2, 1, 1, 1)[:, None].to(device),
-            torch.tensor(times * 2)[:, None],
+            torch.tensor(times * 2, dtype=self.family.schedule.time_dtype)[:, None],
             self.reduce,
         )
 
-    def _time(self, epoch: int, row: int) -> int:
+    def _time(self, draw: int, row: int) -> float:
         """A time of the schedule, uniform over the part that is trained on."""
-        count = len(self.family.schedule)
-        low, high = (round(share * count) for share in self.config.noise)
-        low = min(low, count - 1)  # a part narrower than a time is its nearest one
-        return low + self._seed("time", epoch, row) % max(1, high - low)
+        uniform = self._seed("time", draw, row)
+        return self.family.schedule.random_time(uniform, self.config.noise)
 
-    def _prompt(self, epoch: int, row: int) -> int:
+    def _prompt(self, draw: int, row: int) -> int:
         """Row of `cond`: the pair's prompt, or with probability empty_prompts 0, the empty one."""
-        dropped = self._seed("empty", epoch, row) < self.config.empty_prompts * 2**63
+        dropped = self._seed("empty", draw, row) < self.config.empty_prompts * 2**63
         return 0 if dropped else int(self.cache.prompt[row])
 
-    def _seed(self, what: str, epoch: int, row: int) -> int:
-        return derive_seed(self.run.config.seed, what, epoch, row)
+    def _seed(self, what: str, draw: int, row: int) -> int:
+        return derive_seed(self.run.config.seed, what, draw, row)

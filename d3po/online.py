@@ -1,4 +1,7 @@
-"""D3PO online: sample groups, let a judge order them, learn from every strict pair, repeat.
+"""Online: sample groups, let a judge order or rate them, learn from every image, repeat.
+
+D3PO learns from strict pairs; the same rollouts serve objectives on single images, liked or not
+(KTO) or with an advantage (DDPO, DPOK, reward-weighted), see `Wants`.
 
 What differs from the published code:
 
@@ -12,11 +15,9 @@ What differs from the published code:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,21 +26,21 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from d3po.advantage import Numbers, Scope, advantages, combined, labels
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
+from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.health.pictures import group_sums, picture_metrics
-from d3po.likelihood import path_logp
+from d3po.judging import Judge, Pairs, Place, Scores, strict_pairs
+from d3po.likelihood import PathScore, log_peak, path_logp, path_score
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.sampling import Reduce
 from d3po.schedule import TimeGrid
-from d3po.trainer import Chunk, OptimConfig, Round, Update, reference_logp
-from fifa.config import Config, InputError, write_atomic
-from fifa.images import encode_png, to_uint8
-from fifa.rewards import Reward, score_images
-
-Scores = NDArray[np.float64]  # (images, judges), higher is better
+from d3po.trainer import OptimConfig, reference_logp
+from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
+from fifa.config import Config, InputError
 
 
 class OnlineConfig(Config):
@@ -70,7 +71,7 @@ class OnlineConfig(Config):
     labels: str | None = Field(
         None,
         description="Instead of judges: a JSON-lines file of human scores, see "
-        "d3po.online.FileJudge.",
+        "d3po.judging.FileJudge.",
     )
     train_guidance: float | None = Field(
         None,
@@ -78,17 +79,33 @@ class OnlineConfig(Config):
         description="Guidance scale in the training forwards; null: as sampled, 1: none, at "
         "half the cost.",
     )
-    steps: Literal["all", "random", "early", "late"] = Field(
+    steps: Literal["all", "random", "early", "late", "window"] = Field(
         "all",
         description="Denoising steps learned from: all, or step_count of them: random, the "
-        "noisiest, the cleanest.",
+        "noisiest, the cleanest, or a window of neighbours.",
     )
     step_count: int | None = Field(
-        None, ge=1, description="How many steps, for random, early and late; null for all."
+        None, ge=1, description="How many steps, for all choices but all; null for all."
+    )
+    window_start: int | None = Field(
+        None,
+        ge=0,
+        description="First step of the window, 0 the noisiest; null: drawn anew for each update.",
     )
     skip_last: bool = Field(
         False,
         description="Leave the last step out: its sigma is tiny, its log-probability has spikes.",
+    )
+    advantage: Scope = Field(
+        "prompt",
+        description="What an image is compared with by objectives on single images: the others "
+        "of its prompt, or all of the round.",
+    )
+    steps_at_once: int = Field(
+        1,
+        ge=1,
+        description="Denoising steps of an image that go through the network in one call: faster "
+        "where a call alone does not fill the device, at the memory of the larger batch.",
     )
     inner_epochs: int = Field(
         1, ge=1, description="How often a round's groups are gone through (D3PO: 1)."
@@ -97,112 +114,14 @@ class OnlineConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> OnlineConfig:
         if (self.steps == "all") != (self.step_count is None):
-            raise ValueError("step_count goes with steps random, early or late, and only with them")
+            raise ValueError(
+                "step_count goes with steps random, early, late or window, and only with them"
+            )
+        if self.window_start is not None and self.steps != "window":
+            raise ValueError("window_start goes with steps window, and only with it")
         if self.labels is None and not self.judges:
             raise ValueError("online needs judges or labels")
         return self
-
-
-# ---- who wins -----------------------------------------------------------------------------------
-
-
-def strict_pairs(scores: Scores) -> list[tuple[int, int]]:
-    """All (winner, loser) of a group, scores (G, R): no worse by any judge, better by at least one.
-
-    With one judge that is its strict order; with several, Pareto dominance, so a disagreement is a
-    tie (Yang et al. 2024, section 5.1, does the same).
-    """
-    better = (scores[:, None] >= scores[None]).all(-1) & (scores[:, None] > scores[None]).any(-1)
-    return [(int(win), int(lose)) for win, lose in np.argwhere(better)]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a group comes from: its round, and its number among all groups of the round."""
-
-    round: int
-    group: int
-
-
-Judge = Callable[[Tensor, Sequence[str], Sequence[Place]], Scores]
-"""judge(images (N, 3, H, W), N prompts, the groups in order) -> scores (N, R)."""
-
-
-@dataclass(frozen=True)
-class RewardJudge:
-    """Orders images by one or more rewards."""
-
-    rewards: Sequence[Reward]
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Scores:
-        """Scores (N, R), a column for each reward."""
-        columns = [score_images(reward, images, prompts) for reward in self.rewards]
-        return torch.stack(columns, 1).double().cpu().numpy()
-
-
-class FileJudge:
-    """Orders images by what people wrote into a file, one JSON object a line:
-
-        {"round": 0, "group": 3, "scores": [0, -1, 0, 1]}
-
-    One score an image, higher is better, equal ones tie; several lines of one group are averaged,
-    as if each were an annotator. A round whose labels are missing stops the run, after its images
-    were written to samples/round-NNNNNN/. Label them and run the command again: the images are
-    drawn again from the same seeds and weights, and training goes on.
-    """
-
-    def __init__(self, path: str | Path, samples: Path, images: int) -> None:
-        self.path = Path(path)
-        self.samples = samples
-        self.images = images
-        self.labels = self._read() if self.path.exists() else {}
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Scores:
-        """Scores (N, 1); raises InputError, with the images on disk, if some have no label."""
-        missing = [i for i, place in enumerate(places) if place not in self.labels]
-        if missing:
-            folder = self._show(images, prompts, places)
-            raise InputError(
-                f"{len(missing)} groups of round {places[0].round} have no labels in "
-                f"{self.path}; their"
-                f" images are in {folder}: label them and run the same command again"
-            )
-        return np.concatenate([np.mean(self.labels[place], 0) for place in places])[:, None]
-
-    def _show(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Path:
-        folder = self.samples / f"round-{places[0].round:06d}"
-        pictures = to_uint8(images)
-        for i, place in enumerate(places):
-            for k in range(self.images):
-                name = f"group-{place.group:04d}-image-{k}.png"
-                write_atomic(folder / name, encode_png(pictures[i * self.images + k]))
-            note = {"round": place.round, "group": place.group, "prompt": prompts[i * self.images]}
-            text = json.dumps(note, ensure_ascii=False) + "\n"
-            write_atomic(folder / f"group-{place.group:04d}.json", text)
-        return folder
-
-    def _read(self) -> dict[Place, list[Any]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read labels from {self.path}: {error}") from None
-        labels: dict[Place, list[Any]] = {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{self.path}, line {number}"
-            try:
-                row = json.loads(line)
-                place, scores = Place(int(row["round"]), int(row["group"])), row["scores"]
-                values = np.asarray(scores, dtype=np.float64)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f'{where}: expected {{"round": 0, "group": 0, "scores": [...]}} ({error!r})'
-                ) from None
-            if values.shape != (self.images,) or not np.isfinite(values).all():
-                raise InputError(f"{where}: expected {self.images} finite scores, found {scores}")
-            labels.setdefault(place, []).append(values)
-        return labels
 
 
 # ---- which steps --------------------------------------------------------------------------------
@@ -217,15 +136,20 @@ def trained_steps(config: OnlineConfig, grid: TimeGrid, *place: int) -> list[int
     if config.skip_last and usable and usable[-1] == len(grid) - 1:
         usable = usable[:-1]
     count = len(usable) if config.step_count is None else config.step_count
-    if not usable or count > len(usable):
+    if not usable or count + (config.window_start or 0) > len(usable):
+        where = "" if config.window_start is None else f" from step {config.window_start} on"
         raise InputError(
-            f"online.steps={config.steps} wants {count or 'some'} steps, but {len(usable)} of the "
-            f"{len(grid)} sampler steps have noise and may be trained on (sampler.eta > 0 adds "
-            "noise)"
+            f"online.steps={config.steps} wants {count or 'some'} steps{where}, but {len(usable)} "
+            f"of the {len(grid)} sampler steps have noise and may be trained on (sampler.eta > 0 "
+            "adds noise)"
         )
+    draw = np.random.default_rng(derive_seed("steps", *place))
     if config.steps == "random":
-        chosen = np.random.default_rng(derive_seed("steps", *place)).choice(usable, count, False)
-        return sorted(chosen.tolist())
+        return sorted(draw.choice(usable, count, False).tolist())
+    if config.steps == "window":
+        start = config.window_start
+        start = int(draw.integers(len(usable) - count + 1)) if start is None else start
+        return usable[start : start + count]
     return usable[-count:] if config.steps == "late" else usable[:count]
 
 
@@ -237,10 +161,15 @@ class Block:
     """Judged groups that go through the network together: B images, Q pairs among them."""
 
     latents: Tensor  # (B, T+1, C, h, w)
-    cond: Tensor  # (B, L, D)
-    win: Tensor  # (Q,) long, rows of this block
+    cond: Conditioning  # B rows
+    old: Tensor  # (B, T) log-probabilities under the policy that drew them
+    ref: Tensor  # (B, T) those under the reference, NaN where nobody will look
+    win: Tensor  # (Q,) long, rows of this block; none for objectives on single images
     lose: Tensor  # (Q,)
-    ref: Tensor  # (B, T) log-probabilities under the reference, NaN where nobody will look
+    value: Tensor  # (B,) float32, label or advantage; none for objectives on pairs
+
+    def __len__(self) -> int:
+        return len(self.win) + len(self.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,13 +179,22 @@ class Rollout:
     places: Sequence[Place]
     prompts: Sequence[str]  # (N,)
     latents: Tensor  # (N, T+1, C, h, w)
-    cond: Tensor  # (N, L, D)
+    cond: Conditioning  # N rows
+    logp: Tensor  # (N, T), NaN at steps without a density
     images: Tensor  # (N, 3, H, W), black where latents are not finite
     finite: NDArray[np.bool_]  # (N,) whether latents and picture are
 
 
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a round's scores mean, on this process; P groups of G images."""
+
+    pairs: Sequence[Pairs]  # of each group, numbered within it
+    values: Numbers  # (P * G,) label or advantage; 0: says nothing
+
+
 class OnlineSource:
-    """Rounds of D3PO: `round(i)` samples with the policy as it is then, judges, and yields updates.
+    """Rounds: `round(i)` samples with the policy as it is then, judges, and yields updates.
 
     An update holds micro_batch * accumulation * processes groups, each process its share; a round
     is cut into updates in the order of its groups and gone through inner_epochs times.
@@ -274,7 +212,9 @@ class OnlineSource:
         prompts: Sequence[str],
         run: Run,
         reduce: Reduce = "mean",
+        wants: Wants = PAIRS,
     ) -> None:
+        self.wants = wants
         self.config, self.sampler, self.optim = config, sampler, optim
         self.family, self.policy, self.run, self.reduce = family, policy, run, reduce
         self.judge, self.judge_names, self.prompts = judge, judge_names, prompts
@@ -285,6 +225,12 @@ class OnlineSource:
         self.updates = config.groups // self.groups_per_update
         self.updates_per_round = self.updates * config.inner_epochs
         trained_steps(config, self.grid)  # say now what would fail after the first rollout
+        if wants.kind == "advantages" and scale != sampler.guidance:
+            raise InputError(
+                f"online.train_guidance is {scale}, but this objective compares with the "
+                f"log-probabilities of the rollout, drawn at sampler.guidance {sampler.guidance}: "
+                "leave train_guidance null"
+            )
 
     def round(self, index: int) -> Round:
         """Sample and judge round `index`; its updates are to be made in order."""
@@ -294,12 +240,12 @@ class OnlineSource:
         scores = self.run.everywhere(
             lambda: self.judge(rollout.images, rollout.prompts, rollout.places)
         )
-        # a picture that is not finite beats nobody and loses to nobody
+        # a picture that is not finite beats nobody, loses to nobody, and is worth the mean
         scores = np.where(rollout.finite[:, None], scores, np.nan)
-        pairs = [strict_pairs(own) for own in np.split(scores, len(rollout.places))]
-        metrics = {**self._metrics(scores, pairs), **self._pictures(rollout, scores)}
+        verdict, metrics = self._verdict(scores, len(rollout.places))
+        metrics |= self._pictures(rollout, scores)
         self.run.status("training")
-        return Round(metrics, self._updates(index, rollout, pairs))
+        return Round(metrics, self._updates(index, rollout, verdict))
 
     def _sample(self, index: int) -> Rollout:
         config, seed = self.config, self.run.config.seed
@@ -323,7 +269,8 @@ class OnlineSource:
             places,
             [order.prompt for order in orders],
             latents,
-            torch.cat([part.cond for part in parts]),
+            Conditioning.cat([part.cond for part in parts]),
+            torch.cat([part.trajectory.logp for part in parts]),
             torch.where(finite[:, None, None, None], images, 0.0),
             finite.cpu().numpy(),
         )
@@ -333,12 +280,23 @@ class OnlineSource:
         size = self.groups_per_update
         return [u * size + i for u in range(self.updates) for i in self.run.share(size)]
 
-    def _updates(
-        self, index: int, rollout: Rollout, pairs: Sequence[Sequence[tuple[int, int]]]
-    ) -> Iterator[Update]:
+    def _verdict(self, scores: Scores, groups: int) -> tuple[Verdict, dict[str, Any]]:
+        """What the scores mean for the objective, and what is written down about them."""
+        pairs = [strict_pairs(own) for own in np.split(scores, groups)]
+        mean, std, metrics = self._metrics(scores, pairs)
+        if self.wants.kind == "pairs":
+            return Verdict(pairs, np.zeros(0)), metrics
+        values = combined(scores, mean, std)
+        _, spread = self._moments(values[:, None])
+        found = advantages(values, self.config.images, self.config.advantage, float(spread[0]))
+        _, spread = self._moments(found[:, None])
+        metrics["advantage_std"] = float(spread[0])
+        return Verdict(pairs, labels(found) if self.wants.kind == "labels" else found), metrics
+
+    def _updates(self, index: int, rollout: Rollout, verdict: Verdict) -> Iterator[Update]:
         count = len(rollout.places) // self.updates
         blocks = [
-            self._blocks(rollout, pairs, range(u * count, (u + 1) * count))
+            self._blocks(rollout, verdict, range(u * count, (u + 1) * count))
             for u in range(self.updates)
         ]
         steps = {
@@ -348,59 +306,137 @@ class OnlineSource:
         }
         for u, own in enumerate(blocks):
             needed = sorted({i for (v, _), some in steps.items() if v == u for i in some})
-            for block in own:
+            for block in own if self.wants.reference else []:
                 logp = partial(self._logp, block.latents, block.cond, needed)
                 block.ref[:, needed] = reference_logp(self.policy, logp)
         for epoch in range(self.config.inner_epochs):
             for u, own in enumerate(blocks):
-                chunks = [self._chunk(block, i) for block in own for i in steps[u, epoch]]
-                found = sum(len(block.win) for block in own)
+                chunks = [
+                    self._chunk(block, some)
+                    for block in own
+                    for some in self._at_once(steps[u, epoch])
+                ]
+                found = sum(len(block) for block in own)
                 yield Update(chunks, found, partial(self._idle, rollout, steps[u, epoch][0]))
 
-    def _blocks(
-        self, rollout: Rollout, pairs: Sequence[Sequence[tuple[int, int]]], groups: range
-    ) -> list[Block]:
-        """The groups with a pair, micro_batch at a time, without the images that are in no pair."""
-        judged, size = [group for group in groups if pairs[group]], self.optim.micro_batch
+    def _blocks(self, rollout: Rollout, verdict: Verdict, groups: range) -> list[Block]:
+        """The groups that teach something, micro_batch at a time, without idle images."""
+        size, images = self.optim.micro_batch, self.config.images
+        if self.wants.kind == "pairs":
+            teaching = [group for group in groups if verdict.pairs[group]]
+            make = self._pair_block
+        else:
+            everything = self.wants.kind == "advantages"
+            values = verdict.values.reshape(-1, images)
+            finite = rollout.finite.reshape(-1, images)
+            teaching = [
+                group
+                for group in groups
+                if np.any(values[group]) or (everything and finite[group].any())
+            ]
+            make = self._rated_block
         return [
-            self._block(rollout, pairs, judged[i : i + size]) for i in range(0, len(judged), size)
+            make(rollout, verdict, teaching[i : i + size]) for i in range(0, len(teaching), size)
         ]
 
-    def _block(
-        self, rollout: Rollout, pairs: Sequence[Sequence[tuple[int, int]]], groups: Sequence[int]
-    ) -> Block:
+    def _pair_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
         win, lose = np.array(
             [
                 (group * self.config.images + won, group * self.config.images + lost)
                 for group in groups
-                for won, lost in pairs[group]
+                for won, lost in verdict.pairs[group]
             ]
         ).T
         rows = np.unique([win, lose])
+        return self._block(
+            rollout, rows, np.searchsorted(rows, win), np.searchsorted(rows, lose), np.zeros(0)
+        )
+
+    def _rated_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
+        size = self.config.images
+        rows = np.concatenate([np.arange(group * size, (group + 1) * size) for group in groups])
+        rows = rows[rollout.finite[rows]]
+        if self.wants.kind == "labels":
+            rows = rows[verdict.values[rows] != 0]
+        nobody = np.zeros(0, dtype=np.int64)
+        return self._block(rollout, rows, nobody, nobody, verdict.values[rows])
+
+    def _block(
+        self,
+        rollout: Rollout,
+        rows: NDArray[np.int64],
+        win: NDArray[np.int64],
+        lose: NDArray[np.int64],
+        values: Numbers,
+    ) -> Block:
         device = rollout.latents.device
         return Block(
             latents=rollout.latents[rows],
             cond=rollout.cond[rows],
-            win=torch.from_numpy(np.searchsorted(rows, win)).to(device),
-            lose=torch.from_numpy(np.searchsorted(rows, lose)).to(device),
+            old=rollout.logp[rows],
             ref=torch.full((len(rows), len(self.grid)), torch.nan, device=device),
+            win=torch.from_numpy(win).to(device),
+            lose=torch.from_numpy(lose).to(device),
+            value=torch.from_numpy(values.astype(np.float32)).to(device),
         )
 
-    def _chunk(self, block: Block, step: int) -> Chunk:
-        logp = partial(self._logp, block.latents, block.cond, [step])
-        return Chunk(logp, block.win, block.lose, 1, block.ref[:, [step]])
+    def _chunk(self, block: Block, steps: Sequence[int]) -> Chunk | Rated:
+        logp = partial(self._logp, block.latents, block.cond, steps)
+        ref = block.ref[:, steps] if self.wants.reference else None
+        if self.wants.kind == "pairs":
+            return Chunk(logp, block.win, block.lose, len(steps), ref)
+        path = partial(self._path, block.latents, block.cond, steps)
+        old, kind = block.old[:, steps], self.wants.kind
+        return Rated(logp, kind, block.value, len(steps), ref, old, path, self.reduce)
 
-    def _idle(self, rollout: Rollout, step: int) -> Chunk:
-        nobody = torch.empty(0, dtype=torch.long, device=rollout.latents.device)
+    def _idle(self, rollout: Rollout, step: int) -> Chunk | Rated:
+        """One image that nobody said anything about: a way through the network without a term."""
+        device = rollout.latents.device
         logp = partial(self._logp, rollout.latents[:1], rollout.cond[:1], [step])
-        return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=rollout.latents.device))
+        if self.wants.kind == "pairs":
+            nobody = torch.empty(0, dtype=torch.long, device=device)
+            return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=device))
+        nothing = torch.empty(0, 1, device=device)
+        return Rated(lambda net: logp(net)[:0], self.wants.kind, nothing[:, 0], 1, nothing)
 
     def _logp(
-        self, latents: Tensor, cond: Tensor, steps: Sequence[int], denoiser: nn.Module
+        self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
     ) -> Tensor:
-        predict = guided(self.family, denoiser, cond, self.uncond, self.scale)
+        """Log-probabilities (B, S); a network call for every steps_at_once steps."""
+        parts = []
+        for some in self._at_once(steps):
+            rows = torch.arange(len(latents)).repeat(len(some))
+            predict = guided(self.family, denoiser, cond[rows], self.uncond, self.scale)
+            schedule, chosen = self.family.schedule, torch.tensor(some)
+            parts.append(
+                path_logp(predict, self.grid, schedule, latents, chosen, self.reduce, together=True)
+            )
+        found = torch.cat(parts, 1)
+        if self.wants.reference or self.wants.kind != "pairs":
+            return found
+        # Without a reference to compare with, log-densities of different steps need one scale.
         chosen = torch.tensor(steps)
-        return path_logp(predict, self.grid, self.family.schedule, latents, chosen, self.reduce)
+        peak = log_peak(self.grid, chosen, latents[0, 0].numel(), self.reduce)
+        return found - peak.to(found)
+
+    def _at_once(self, steps: Sequence[int]) -> list[Sequence[int]]:
+        size = self.config.steps_at_once
+        return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+    def _path(
+        self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
+    ) -> PathScore:
+        predict = guided(self.family, denoiser, cond, self.uncond, self.scale)
+        chosen, schedule = torch.tensor(steps), self.family.schedule
+        return path_score(predict, self.grid, schedule, latents, chosen, self.reduce)
+
+    def _moments(self, values: Numbers) -> tuple[Numbers, Numbers]:
+        """Mean and standard deviation (R,) of the finite values (N, R) over all processes."""
+        count = np.isfinite(values).sum(0).astype(float)
+        own = [*count, *np.nansum(values, 0), *np.nansum(values**2, 0)]
+        count, sums, squares = np.array(self.run.total(own)).reshape(3, -1)
+        means = sums / np.maximum(1.0, count)
+        return means, np.sqrt(np.maximum(squares / np.maximum(1.0, count) - means**2, 0))
 
     def _pictures(self, rollout: Rollout, scores: Scores) -> dict[str, Any]:
         """How the pictures of the round look, on all processes."""
@@ -410,8 +446,8 @@ class OnlineSource:
 
     def _metrics(
         self, scores: Scores, pairs: Sequence[Sequence[tuple[int, int]]]
-    ) -> dict[str, Any]:
-        """What the judge saw in the whole round, on all processes."""
+    ) -> tuple[Numbers, Numbers, dict[str, Any]]:
+        """Mean and deviation (R,) of the whole round, and all that the judges saw in it."""
         tied = float(sum(not own for own in pairs))
         unused = sum(self.config.images - len({i for pair in own for i in pair}) for own in pairs)
         counts = [
@@ -421,12 +457,9 @@ class OnlineSource:
             float(unused),
             float(sum(map(len, pairs))),
         ]
-        sums = self.run.total([*counts, *np.nansum(scores, 0), *np.nansum(scores**2, 0)])
-        images, groups, tied, unused_images, found, *rest = sums
-        means = np.array(rest[: len(self.judge_names)]) / max(1.0, images)
-        squares = np.array(rest[len(self.judge_names) :]) / max(1.0, images)
-        stds = np.sqrt(np.maximum(squares - means**2, 0))
-        return {
+        images, groups, tied, unused_images, found = self.run.total(counts)
+        means, stds = self._moments(scores)
+        metrics = {
             "reward": dict(zip(self.judge_names, means.tolist(), strict=True)),
             "reward_std": dict(zip(self.judge_names, stds.tolist(), strict=True)),
             "images": int(images),
@@ -434,6 +467,7 @@ class OnlineSource:
             "pairs": int(found),
             "tied": tied / groups,
         }
+        return means, stds, metrics
 
 
 def groups_per_update(config: OnlineConfig, optim: OptimConfig, processes: int) -> int:

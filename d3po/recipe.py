@@ -10,10 +10,12 @@ import torch
 from pydantic import Field, model_validator
 
 from d3po.evaluate import EvalConfig, Evaluator
-from d3po.families import load_family
+from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig
 from d3po.health import Health, HealthConfig
 from d3po.held_out import HeldOut, label_agreement, read_pairs
+from d3po.judging import FileJudge, Judge, RewardJudge
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import (
     OfflineConfig,
     OfflineSource,
@@ -22,18 +24,12 @@ from d3po.offline import (
     skipped_rows,
     told,
 )
-from d3po.online import FileJudge, Judge, OnlineConfig, OnlineSource, RewardJudge, groups_per_update
+from d3po.online import OnlineConfig, OnlineSource, groups_per_update
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig, RunFolder
-from d3po.trainer import (
-    BoundObjective,
-    Learner,
-    ObjectiveConfig,
-    OptimConfig,
-    Source,
-    fit,
-    whole_rounds,
-)
+from d3po.speed import SpeedConfig, encoders, kernels, prepare_network
+from d3po.trainer import Learner, OptimConfig, fit, whole_rounds
+from d3po.updates import Source, Wants
 from fifa.config import Config, InputError, load_config, write_atomic
 from fifa.pairs import normalise_prompt
 from fifa.rewards import load_reward
@@ -46,12 +42,15 @@ class TrainConfig(Config):
     """Everything a training run depends on."""
 
     model: str = Field(
-        "mini", description="What is trained: mini (embedded), a diffusers folder, or a Hub id."
+        "mini",
+        description="What is trained: mini (embedded), a diffusers folder, a Hub id, or one "
+        "safetensors file.",
     )
+    family: FamilyConfig = Field(FamilyConfig(), description="How the model is opened.")
     method: Literal["d3po", "dpo"] = Field(
         "d3po",
-        description="d3po: online, on its own rollouts; dpo: Diffusion-DPO, on a data set of "
-        "pairs.",
+        description="Where images come from. d3po: online, from its own rollouts, as D3PO's; "
+        "dpo: a data set of pairs, as Diffusion-DPO's. Most objectives go with either.",
     )
     objective: ObjectiveConfig = Field(description="The loss.")
     policy: PolicyConfig = Field(PolicyConfig(), description="Which weights are trained.")
@@ -59,6 +58,7 @@ class TrainConfig(Config):
     sampler: SamplerConfig = Field(SamplerConfig(), description="How pictures are drawn.")
     online: OnlineConfig | None = Field(None, description="Rollouts and judges, for method d3po.")
     offline: OfflineConfig | None = Field(None, description="The data set, for method dpo.")
+    speed: SpeedConfig = Field(SpeedConfig(), description="Ways to compute the same faster.")
     eval: EvalConfig = Field(EvalConfig(), description="Comparisons with the reference.")
     health: HealthConfig = Field(
         HealthConfig(), description="What is unusual, said in warnings; when to stop."
@@ -144,14 +144,20 @@ def arithmetic(config: TrainConfig, processes: int = 1) -> str:
             f"the run: {optim.max_steps} updates = {optim.max_steps * size} pairs"
         )
     online, size = config.online, groups_per_update(config.online, optim, processes)
-    pairs = online.images * (online.images - 1) // 2
     steps = online.step_count or config.sampler.steps - online.skip_last
     updates = online.groups // size * online.inner_epochs
     total = whole_rounds(optim.max_steps, updates)
+    objective = BoundObjective.from_config(config.objective)
+
+    def learned_from(groups: int) -> str:
+        if objective.unit == "images":
+            return f"at most {groups * online.images} images"
+        return f"at most {groups * online.images * (online.images - 1) // 2} pairs"
+
     return (
         f"one round: {online.groups} groups x {online.images} images = "
-        f"{online.groups * online.images} images, at most {online.groups * pairs} pairs\n"
-        f"one update: {product} = {size} groups, at most {size * pairs} pairs x {steps} steps\n"
+        f"{online.groups * online.images} images, {learned_from(online.groups)}\n"
+        f"one update: {product} = {size} groups, {learned_from(size)} x {steps} steps\n"
         f"one round: {online.groups // size} updates x {online.inner_epochs} inner epochs = "
         f"{updates} updates\n"
         f"the run: {total} updates = {total // updates} rounds = "
@@ -170,18 +176,22 @@ def train(config: TrainConfig) -> RunFolder:
     run = Run(_with_labels_saved(config))
     try:
         objective = BoundObjective.from_config(config.objective)
-        family = load_family(config.model, _base_dtype(config, run), run.device)
+        family = load_family(config.model, _base_dtype(config, run), run.device, config.family)
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
+        prepare_network(config.speed, family.denoiser)
         policy = Policy(family, config.policy)
         held_out = evaluation_prompts(config)
         health = Health(config.health, config.objective.beta)
-        source = _source(config, family, policy, held_out, run)
+        source = _source(config, objective.wants, family, policy, held_out, run)
         evaluator = _evaluator(config, family, policy, held_out, run, health)
         watch = _held_out(config, family, policy, run, health)
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
         _tell_what_was_skipped(source, run)
-        with run.kernels():
+        if config.speed.offload_encoders:
+            for part in encoders(family):
+                part.to("cpu")
+        with kernels(config.speed, run.device, run.accelerator.mixed_precision):
             _check_labels(config, evaluator, run, health)
             fit(learner, source, run, _all(evaluator, watch), config.eval.every, health)
         with policy.averaged():
@@ -210,12 +220,19 @@ def _base_dtype(config: TrainConfig, run: Run) -> torch.dtype:
 
 
 def _source(
-    config: TrainConfig, family: Family, policy: Policy, held_out: Sequence[str], run: Run
+    config: TrainConfig,
+    wants: Wants,
+    family: Family,
+    policy: Policy,
+    held_out: Sequence[str],
+    run: Run,
 ) -> Source:
     reduce = config.objective.reduce
     if config.offline is not None:
         cache = cached_pairs(config.offline, family, run, held_out)
-        return OfflineSource(config.offline, config.optim, family, cache, run, reduce)
+        return OfflineSource(
+            config.offline, config.optim, family, policy, cache, run, reduce, wants
+        )
     assert config.online is not None  # the config's validator put it there
     judge, names = _judge(config.online, run)
     prompts = _training_prompts(config.online, config.run.seed, held_out)
@@ -230,6 +247,7 @@ def _source(
         prompts,
         run,
         reduce,
+        wants,
     )
 
 
@@ -262,7 +280,8 @@ def _held_out(
     if not pairs:
         return None
     objective, noise = config.objective, config.offline.noise
-    return HeldOut(pairs, family, policy, run, health, objective.beta, noise, objective.reduce)
+    beta = 1.0 if objective.beta is None else objective.beta  # margins in plain log-ratios then
+    return HeldOut(pairs, family, policy, run, health, beta, noise, objective.reduce)
 
 
 def _check_labels(
@@ -366,7 +385,7 @@ def load_run(
     if not (folder.path / "config.yaml").is_file():
         raise InputError(f"{path} is not a run folder: it has no config.yaml")
     config = load(folder.path / "config.yaml")
-    policy = Policy(load_family(config.model, device=device), config.policy)
+    policy = Policy(load_family(config.model, device=device, config=config.family), config.policy)
     if folder.weights.is_dir() and not live:
         policy.load(folder.weights)
         return config, policy

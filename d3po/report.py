@@ -11,6 +11,7 @@ import html
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from d3po.evaluate import OF_BOTH, Evaluation, JudgeResult, PromptResult, measure
+from d3po.evaluate import Evaluation, JudgeResult, PromptResult, measure
 from d3po.health import HealthConfig
 from d3po.health.pictures import collapse
 from d3po.recipe import TrainConfig, arithmetic, evaluation_prompts, load, load_run
@@ -91,7 +92,7 @@ def read_run(path: str | Path) -> RunRecord:
         path=folder.path,
         config=config,
         rounds=[row for row in rows if row["kind"] == "round"],
-        updates=[row for row in rows if row["kind"] == "update" and row["pairs"]],
+        updates=[row for row in rows if row["kind"] == "update" and "loss" in row],
         evaluation=_evaluation(folder, rows, config),
         seconds=_seconds(_lines(folder.timing)),
     )
@@ -129,9 +130,9 @@ def _evaluation(
     if not found:
         return None
     judges = [{"judge": name, **values} for name, values in found[-1]["judges"].items()]
-    diversity = {
+    pairs = {
         key: [found[-1][key][who] for who in ("policy", "reference")]
-        for key in OF_BOTH
+        for key in PAIRED
         if key in found[-1]
     }
     sizes = {
@@ -139,18 +140,21 @@ def _evaluation(
         "images": config.eval.images,
         "seed": config.eval.seed,
     }
-    return _from_json({**sizes, "judges": judges, **diversity}, folder.metrics)
+    return _from_json({**sizes, "judges": judges, **pairs}, folder.metrics)
+
+
+PAIRED = ("pixel_diversity", "latent_diversity", "brightness", "saturation")  # policy, reference
 
 
 def _from_json(values: Mapping[str, Any], where: Path) -> Evaluation:
-    """JSON has null where a single picture has no distance."""
-    distances = {
-        key: tuple(np.nan if number is None else number for number in values[key])
-        for key in OF_BOTH
+    """JSON has null where a single picture has no distance, or a tone was not measured."""
+    pairs = {
+        key: tuple(math.nan if number is None else number for number in values[key])
+        for key in PAIRED
         if key in values
     }
     try:
-        return TypeAdapter(Evaluation).validate_python({**values, **distances})
+        return TypeAdapter(Evaluation).validate_python({**values, **pairs})
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise InputError(f"{where} holds no evaluation ('{key}' is missing or wrong)") from None
@@ -437,8 +441,9 @@ def curves(record: RunRecord) -> list[Curve]:
         steps = [row["step"] for row in record.rounds]
         found.append((f"reward of the rollouts: {judge}", steps, _column(record.rounds, judge)))
     for key, title in _WATCHED.items():
-        values = [np.nan if row[key] is None else row[key] for row in record.updates]
-        found.append((title, [row["step"] for row in record.updates], values))
+        rows = [row for row in record.updates if key in row]
+        values = [np.nan if row[key] is None else row[key] for row in rows]
+        found.append((title, [row["step"] for row in rows], values))
     return [curve for curve in found if len(set(curve[2])) > 1]
 
 

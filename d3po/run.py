@@ -357,22 +357,6 @@ class Run:
         """The device of this process."""
         return self.accelerator.device
 
-    @contextmanager
-    def kernels(self) -> Iterator[None]:
-        """Attention as this device computes it fastest in this precision; what trains, in here.
-
-        On a CPU, torch's fused attention goes backward ten times slower in bfloat16 than the matrix
-        products that it is made of, and eats what the precision gains (torch 2.14, mini model, 64
-        images on a busy core: a LoRA step takes 368 ms fused, 157 as products, 353 in float32).
-        """
-        if self.device.type != "cpu" or self.accelerator.mixed_precision != "bf16":
-            yield
-            return
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with sdpa_kernel([SDPBackend.MATH]):
-            yield
-
     # -- together
 
     def share(self, count: int) -> range:
@@ -522,7 +506,31 @@ def _check_trackers(trackers: Sequence[str]) -> None:
             )
 
 
+# What accelerate launch sets when it is asked to cut the weights up among the processes.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def _check_launcher() -> None:
+    """InputError if the launcher wants weights in pieces, instead of a run that hangs.
+
+    Here each process runs as many forward passes as its own pictures need, which weights in pieces
+    do not survive. And accelerate 1.15 forgets FSDP without a word where there is no GPU.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise InputError(
+                f"accelerate was told to use {name}, which this trainer does not support: launch "
+                "with configs/accelerate/ddp.yaml, and save memory by policy.method=lora, "
+                "optim.gradient_checkpointing, optim.offload or optim.kind=adafactor"
+            )
+
+
 def _accelerator(config: RunConfig) -> Accelerator:
+    _check_launcher()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs

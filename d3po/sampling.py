@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3po.schedule import NoiseSchedule, TimeGrid, per_image
+from d3po.schedule import Schedule, TimeGrid, per_image
 from fifa.config import InputError
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""predict(x_t (B, C, H, W), t (B,) long) -> the network output (B, C, H, W)."""
+"""predict(x_t (B, C, H, W), t (B,)) -> the network output (B, C, H, W).
+
+t is of the schedule's `time_dtype`: long for DDPM, float64 for a flow.
+"""
 
 Reduce = Literal["mean", "sum"]
 """How the log-densities of the C*H*W elements become one number per image.
@@ -34,20 +37,20 @@ D3PO and DDPO code presume it.
 
 
 def step_mean(
-    grid: TimeGrid, schedule: NoiseSchedule, i: int | Tensor, x_t: Tensor, pred: Tensor
+    grid: TimeGrid, schedule: Schedule, i: int | Tensor, x_t: Tensor, pred: Tensor
 ) -> Tensor:
-    """Mean of x_s given x_t and the network output at x_t: DDIM (Song et al. 2021) eq. 12.
+    """Mean of x_s given x_t and the network output at x_t, as the grid mixes image and noise.
 
-        mean = sqrt(abar_s) * x0 + sqrt(1 - abar_s - sigma^2) * eps
+        mean = to_x0 * x0 + to_eps * eps
 
+    For `ddim_grid` it is DDIM (Song et al. 2021) eq. 12: to_x0 = sqrt(abar_s) and to_eps =
+    sqrt(1 - abar_s - sigma^2). For `flow_grid` it is the drift of Flow-GRPO's SDE.
     `i` is the step, one for all or (B,) one per image; x_t and pred are (B, ...). Computed in the
     dtype of x_t: float32, or float64 for tests.
     """
     rows = _rows(i, len(x_t))
     x0, eps = schedule.to_x0_eps(pred, x_t, grid.times[rows])
-    abar_s, sigma = grid.abar_s[rows], grid.sigma[rows]
-    to_eps = (1 - abar_s - sigma**2).sqrt()
-    return per_image(abar_s.sqrt(), x_t) * x0 + per_image(to_eps, x_t) * eps
+    return per_image(grid.to_x0[rows], x_t) * x0 + per_image(grid.to_eps[rows], x_t) * eps
 
 
 def logp(x_s: Tensor, mean: Tensor, sigma: Tensor, reduce: Reduce = "mean") -> Tensor:
@@ -73,7 +76,7 @@ def logp(x_s: Tensor, mean: Tensor, sigma: Tensor, reduce: Reduce = "mean") -> T
 def step_logp(
     predict: Predict,
     grid: TimeGrid,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     i: int | Tensor,
     x_t: Tensor,
     x_s: Tensor,
@@ -108,7 +111,7 @@ class Trajectory:
 def rollout(
     predict: Predict,
     grid: TimeGrid,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x_T: Tensor,
     noise: Callable[[int], Tensor],
     reduce: Reduce = "mean",

@@ -2,65 +2,59 @@
 
 What differs from a textbook trainer:
 
-* Where the pairs come from is not known here. A `Source` hands out rounds of updates, an update is
+* Where the images come from is not known here. A `Source` hands out rounds of updates, an update is
   a list of chunks, and a chunk can say how likely a denoiser finds its images. D3PO on rollouts and
-  Diffusion-DPO on a data set are two sources of the same step.
+  Diffusion-DPO on a data set are two sources of the same step; pairs, labels and rewards are three
+  things that a chunk can know (see updates), and the objective asks for what it needs (see losses).
 * An image is scored once, however many pairs it is in: `Chunk.win` and `.lose` are row numbers.
-* The loss is the mean over all pairs and steps of the update on all processes, whatever the size of
-  the chunks: each chunk contributes its sum, divided by the global count.
+* The loss is the mean over all pairs (or images) and steps of the update on all processes, whatever
+  the size of the chunks: each chunk contributes its sum, divided by the global count.
 * There is no scheduler object and no generator. The learning rate is a function of the step, every
   draw a function of its place, so a checkpoint holds tensors and a few numbers.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from d3po.health import Health
-from d3po.objectives import OBJECTIVES, Objective, pair_metrics
+from d3po.losses import BoundObjective
+from d3po.optimizers import Kind, build_optimizer
 from d3po.policy import Policy
-from d3po.run import Progress, Run
-from d3po.sampling import Reduce
-from fifa.config import Config, InputError, nearest
+from d3po.run import Progress, Run, flatten
+from d3po.updates import Facts, Source, Update
+from fifa.config import Config, InputError
+
+R = TypeVar("R")
 
 # ---- settings -----------------------------------------------------------------------------------
 
 
-class ObjectiveConfig(Config):
-    """Which loss, how strongly it is held to the reference, and in which unit."""
-
-    name: str = Field(
-        description="A name of d3po.objectives.OBJECTIVES (dpo, d3po_clipped, ipo, ...), or "
-        "package.module:function."
-    )
-    beta: float = Field(
-        gt=0,
-        description="Strength of the pull to the reference, per unit of log-probability "
-        "(published, on "
-        "'mean': D3PO 0.1, Diffusion-DPO 2000 to 5000).",
-    )
-    options: dict[str, float] = Field(
-        {}, description="Further numbers the objective takes, such as clip or label_smoothing."
-    )
-    reduce: Reduce = Field(
-        "mean",
-        description="Unit of log-probability: 'mean' per latent element, as published, or "
-        "'sum' in nats.",
-    )
-
-
 class OptimConfig(Config):
-    """AdamW with a linear warm-up, how much goes into one step, and when to stop."""
+    """The optimizer with a linear warm-up, how much goes into one step, and when to stop."""
+
+    kind: Kind = Field(
+        "adamw",
+        description="adamw; adamw_8bit (bitsandbytes): its state in a quarter of the memory; "
+        "adafactor: nearly none.",
+    )
+    fused: bool = Field(
+        False, description="AdamW as one kernel: faster for many weights, equal up to rounding."
+    )
+    offload: bool = Field(
+        False,
+        description="Keep the optimizer's state and a copy of the trained weights in CPU memory: "
+        "less memory on the device, slower steps.",
+    )
 
     max_steps: int = Field(
         100, ge=1, description="Optimizer steps of the whole run, rounded up to whole rounds."
@@ -108,128 +102,7 @@ class OptimConfig(Config):
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-@dataclass(frozen=True)
-class BoundObjective:
-    """An objective with its numbers filled in: (win, lose, ref_win, ref_lose) -> unreduced loss."""
-
-    function: Objective
-    arguments: Mapping[str, float]
-
-    @classmethod
-    def from_config(cls, config: ObjectiveConfig) -> BoundObjective:
-        """Look the objective up and check its options against its signature."""
-        function = _objective(config.name)
-        parameters = inspect.signature(function).parameters
-        known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for name in config.options:
-            if name not in known or name == "beta":
-                allowed = ", ".join(sorted(set(known) - {"beta"})) or "none"
-                raise InputError(
-                    f"objective.options.{name}: {config.name} takes no such option, allowed: "
-                    f"{allowed}"
-                )
-            _check_limits(name, config.options[name])
-        defaults = {name: parameters[name].default for name in known if name != "beta"}
-        return cls(function, {**defaults, **config.options, "beta": config.beta})
-
-    def __call__(self, win: Tensor, lose: Tensor, ref_win: Tensor, ref_lose: Tensor) -> Tensor:
-        """The unreduced loss."""
-        return self.function(win, lose, ref_win, ref_lose, **self.arguments)
-
-    def watch(self, win: Tensor, lose: Tensor, ref_win: Tensor, ref_lose: Tensor) -> list[Tensor]:
-        """What WATCHED names, unreduced."""
-        beta, clip = self.arguments["beta"], self.arguments.get("clip")
-        values = pair_metrics(win, lose, ref_win, ref_lose, beta, clip)
-        return [values[key] for key in WATCHED.values()]
-
-
-WATCHED = {
-    # our name in metrics.jsonl -> name in pair_metrics
-    "accuracy": "implicit_accuracy",
-    "margin": "implicit_margin",
-    "win_ratio": "win_ratio",
-    "lose_ratio": "lose_ratio",
-    "clipped": "clipped_share",
-}
-
-
-LIMITS = {"clip": (0.0, 1.0), "label_smoothing": (0.0, 0.5)}  # of options, both ends excluded
-
-
-def _check_limits(name: str, value: float) -> None:
-    low, high = LIMITS.get(name, (-math.inf, math.inf))
-    if not low < value < high:
-        raise InputError(
-            f"objective.options.{name} is {value}, it must lie between {low} and {high}"
-        )
-
-
-def _objective(name: str) -> Objective:
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        near = nearest(name, OBJECTIVES)
-        hint = f"did you mean '{near}'?" if near else f"known are {', '.join(OBJECTIVES)}"
-        raise InputError(f"objective.name: unknown objective '{name}'; {hint}")
-    try:
-        found = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"objective.name: cannot import '{name}': {error}") from None
-    return found
-
-
-# ---- what a step is made of ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Images that go through the network together, and the pairs among them.
-
-    B images, Q pairs, S steps (or noise levels) trained on.
-    """
-
-    logp: Callable[[nn.Module], Tensor]  # denoiser -> (B, S), with gradient
-    win: Tensor  # (Q,) long: row of each pair's winner
-    lose: Tensor  # (Q,) long
-    steps: int  # S
-    ref: Tensor | None = None  # (B, S) under the reference; None: computed when its turn comes
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """This process's share of one optimizer step.
-
-    `idle` is gone through when `chunks` is empty here but not on another process: DDP adds
-    gradients up while it walks back through a network, so every process has to walk.
-    """
-
-    chunks: Sequence[Chunk]
-    pairs: int  # on this process; each may be in several chunks, at different steps
-    idle: Callable[[], Chunk] | None = None  # None: this process always has chunks
-
-    @property
-    def terms(self) -> int:
-        """Pairs times steps on this process."""
-        return sum(len(chunk.win) * chunk.steps for chunk in self.chunks)
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """Updates that can be made before the source has to look at the policy again."""
-
-    metrics: Mapping[str, Any]  # about the round as a whole; empty if there is nothing to say
-    updates: Iterator[Update]
-
-
-class Source(Protocol):
-    """Where updates come from; round `index` depends on nothing but the index and the policy."""
-
-    updates_per_round: int
-
-    def round(self, index: int) -> Round:
-        """The updates of round `index`; consumed in order, each after the step before it."""
-        ...
+# ---- what learns ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +110,7 @@ class Learner:
     """What learns: the policy, wrapped for the processes, its optimizer, the objective."""
 
     policy: Policy  # its `denoiser` is the wrapped network: what has a gradient goes through it
-    optimizer: Any  # AcceleratedOptimizer around AdamW
+    optimizer: Any  # AcceleratedOptimizer around that of config.kind
     objective: BoundObjective
     config: OptimConfig
 
@@ -246,12 +119,15 @@ class Learner:
         cls, policy: Policy, objective: BoundObjective, config: OptimConfig, run: Run
     ) -> Learner:
         """Wrap policy and optimizer for the devices and processes of the run."""
-        optimizer = torch.optim.AdamW(
+        optimizer = build_optimizer(
             policy.trainable(),
-            lr=config.learning_rate,
+            config.kind,
+            learning_rate=config.learning_rate,
             betas=config.betas,
-            eps=config.epsilon,
+            epsilon=config.epsilon,
             weight_decay=config.weight_decay,
+            fused=config.fused,
+            offload=config.offload,
         )
         policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, optimizer)
         return cls(policy, wrapped, objective, config)
@@ -260,53 +136,82 @@ class Learner:
 # ---- one step -----------------------------------------------------------------------------------
 
 
-def reference_logp(policy: Policy, logp: Callable[[nn.Module], Tensor]) -> Tensor:
-    """What `logp` gives under the reference, without gradient.
+def reference_logp(policy: Policy, score: Callable[[nn.Module], R]) -> R:
+    """What `score` gives under the reference, without gradient.
 
     Through the bare network: processes may have different numbers of chunks, and must not wait for
     each other here.
     """
     with policy.reference():
-        return logp(policy.bare)
+        return score(policy.bare)
 
 
 def train_step(learner: Learner, update: Update, run: Run, step: int) -> dict[str, float]:
     """Backward through an update, one optimizer step; what happened, averaged over all processes.
 
     A step without any pair, or whose gradient is not finite, leaves the weights alone: then `pairs`
-    is 0, or `skipped` is 1.
+    (`images` for objectives on single ones) is 0, or `skipped` is 1.
     """
+    unit = learner.objective.unit
     (terms,) = run.total([update.terms])
     if terms == 0:
-        return {"pairs": 0.0, "skipped": 0.0}
-    sums = _backward(learner, update, run, run.processes / terms)
+        return {unit: 0.0, "skipped": 0.0}
+    shared: Facts = {}
+    if "baseline" in learner.objective.takes:
+        update, shared["baseline"] = _with_baseline(learner, update, run, terms)
+    sums = _backward(learner, update, run, run.processes / terms, shared)
     grad_norm, stepped = _optimizer_step(learner, run, step)
-    *totals, pairs = run.total([*sums, update.pairs])
-    means = dict(zip(("loss", *WATCHED), (total / terms for total in totals), strict=True))
+    *totals, count = run.total([*sums.values(), update.pairs])
+    means = {name: total / terms for name, total in zip(sums, totals, strict=True)}
     return {
         **means,
+        **{name: float(value) for name, value in shared.items()},
         "grad_norm": grad_norm,
         "learning_rate": learner.config.rate(step),
-        "pairs": pairs,
+        unit: count,
         "skipped": 0.0 if stepped else 1.0,
     }
 
 
-def _backward(learner: Learner, update: Update, run: Run, scale: float) -> list[float]:
-    """Accumulate the gradient of scale * sum(loss); return sums of the loss and of WATCHED."""
+def _with_baseline(
+    learner: Learner, update: Update, run: Run, terms: float
+) -> tuple[Update, Tensor]:
+    """KTO's reference point, max(0, mean of logp - ref) over the update on all processes.
+
+    It has to be known before the first chunk goes backward, and costs one more forward without
+    gradient; the reference's scores found on the way are kept.
+    """
+    policy, chunks, total = learner.policy, [], 0.0
+    for chunk in update.chunks:
+        ref = reference_logp(policy, chunk.logp) if chunk.ref is None else chunk.ref
+        with torch.no_grad():
+            total += float((chunk.logp(policy.bare) - ref).double().sum())
+        chunks.append(replace(chunk, ref=ref))
+    (everywhere,) = run.total([total])
+    baseline = torch.tensor(max(0.0, everywhere / terms), device=run.device)
+    return replace(update, chunks=chunks), baseline
+
+
+def _backward(
+    learner: Learner, update: Update, run: Run, scale: float, shared: Facts
+) -> dict[str, float]:
+    """Accumulate the gradient of scale * sum(loss); sums of the loss and of what is watched.
+
+    `shared` are facts about the update as a whole.
+    """
+    policy, objective = learner.policy, learner.objective
     chunks = update.chunks or ([update.idle()] if update.idle else [])
-    sums = torch.zeros(1 + len(WATCHED), dtype=torch.float64)
+    sums: dict[str, float] = {}
     for i, chunk in enumerate(chunks):
-        ref = reference_logp(learner.policy, chunk.logp) if chunk.ref is None else chunk.ref
         last = i == len(chunks) - 1  # gradients of the processes meet once, on the last way back
-        with nullcontext() if last else run.accelerator.no_sync(learner.policy.denoiser):
-            logp = chunk.logp(learner.policy.denoiser)
-            four = logp[chunk.win], logp[chunk.lose], ref[chunk.win], ref[chunk.lose]
-            loss = learner.objective(*four)
+        with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
+            as_reference = partial(reference_logp, policy)
+            facts = {**chunk.facts(policy.denoiser, as_reference, objective.takes), **shared}
+            loss = objective.loss(facts)
             run.accelerator.backward(loss.sum() * scale)
-        watched = [loss.detach(), *learner.objective.watch(*four)]
-        sums += torch.stack([value.double().sum() for value in watched]).cpu()
-    return sums.tolist()
+        for name, value in {"loss": loss.detach(), **objective.watch(facts)}.items():
+            sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+    return sums
 
 
 def _optimizer_step(learner: Learner, run: Run, step: int) -> tuple[float, bool]:
@@ -407,12 +312,14 @@ def _complain(run: Run, progress: Progress, metrics: Mapping[str, float], limit:
 
 
 def _headline(metrics: Mapping[str, float]) -> str:
-    if not metrics["pairs"]:
+    if "loss" not in metrics:
         return "no pair, all ties"
-    return (
-        f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.0%}  "
-        f"margin {metrics['margin']:+.2g}  grad {metrics['grad_norm']:.2g}"
-    )
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "accuracy" in metrics:
+        parts += [f"accuracy {metrics['accuracy']:.0%}", f"margin {metrics['margin']:+.2g}"]
+    if "kl" in metrics:
+        parts.append(f"kl {metrics['kl']:.2g}")
+    return "  ".join([*parts, f"grad {metrics['grad_norm']:.2g}"])
 
 
 def _crossed(every: int, before: int, now: int) -> bool:
@@ -467,15 +374,30 @@ def _resume(learner: Learner, run: Run, health: Health) -> Progress:
 
 
 def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """AdamW's moments as {"<parameter number>.<name>": tensor}; its numbers live in the config."""
-    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, own in state.items() for name, value in own.items()}
+    """The state as {"<parameter number>.<name>": tensor}; the settings live in the config.
+
+    8-bit Adam nests part of its state in a dict of its own; those names have another dot.
+    """
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for i, own in state.items():
+        for name, value in flatten(own).items():
+            tensor = torch.as_tensor(value)
+            shared = tensor.data_ptr() in seen  # 8-bit Adam: one table of levels for all weights
+            seen.add(tensor.data_ptr())
+            tensors[f"{i}.{name}"] = tensor.clone() if shared else tensor
+    return tensors
 
 
 def _load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        number, name = key.split(".")
-        state.setdefault(int(number), {})[name] = value
+        number, *inner, name = key.split(".")
+        own = state.setdefault(int(number), {})
+        for part in inner:
+            own = own.setdefault(part, {})
+        counts = value.ndim == 0 and value.dtype == torch.int64  # was a Python number
+        own[name] = value.item() if counts else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -8,6 +8,7 @@
     fifa.selection    the three terms together                 -> which pairs are kept
     fifa.scoring      the pass that scores a data set of any size, resumable
     fifa.filtering    the choice, written as the same columns with fewer rows
+    fifa.sweep        what other sizes and weights would have kept
     fifa.report       what was kept, what was dropped, and why, as one HTML page
 
 After FiFA (arXiv 2410.10166). Importing this package loads no model and no heavy library.

@@ -17,6 +17,7 @@ from fifa.config import Config, InputError, load_config
 
 if TYPE_CHECKING:
     from fifa.bench import Quarter, Share
+    from fifa.sweep import Point
 
 C = TypeVar("C", bound=Config)
 Progress = Callable[[str, int, int], None]
@@ -29,6 +30,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Where preferences come from: score a preference data set, keep its best pairs.",
 )
+
+reward_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Reward models of your own: fit one to pairs or ratings, ask it why, export a part.",
+)
+app.add_typer(reward_app, name="reward")
 
 
 def main() -> None:
@@ -133,20 +141,34 @@ def sources() -> None:
 
 @app.command(epilog="Example: `fifa score runs/pairs --out runs/scores --reward mini`")
 def score(
-    data: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns; or a list of prompts."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the scores; continued if unfinished.")],
-    reward: Annotated[str | None, typer.Option(help="Proxy reward, see `fifa rewards`.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Proxy reward, see `fifa rewards`; none: text alone.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Judge of text quality: heuristic, local:..., openai:...")
     ] = None,
-    embedder: Annotated[str | None, typer.Option(help="Prompts to vectors, e.g. tfidf.")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Prompts to vectors: tfidf, clip:..., clip_hf:..., ...")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster to score on: local, auto, or an address.")
+    ] = None,
     config: File = None,
     settings: Settings = None,
 ) -> None:
-    """Give every pair its margin, text quality and diversity; killed, it continues where it was."""
-    from fifa.scoring import ScoreConfig
+    """Give every pair its margin, text quality and diversity; killed, it continues where it was.
+
+    Several GPUs: `accelerate launch -m fifa.cli score ...`, or `--ray` for many machines.
+    """
+    from fifa.scoring import ScoreConfig, score_share
     from fifa.scoring import score as run
+    from fifa.scoring.processes import launched_team
 
     given = {
         "data": data,
@@ -155,16 +177,25 @@ def score(
         "judge": judge,
         "embedder": embedder,
         "limit": limit,
+        "ray": ray,
     }
-    with _progress() as progress:
-        summary = run(_config(ScoreConfig, config, given, settings), progress)
+    chosen = _config(ScoreConfig, config, given, settings)
+    with launched_team() as team:
+        if team.rank > 0:
+            score_share(chosen, team)
+            return
+        with _progress() as progress:
+            summary = run(chosen, progress, team)
+    found = "" if chosen.text_only else f"reward and people agree on {summary.agreement:.1%}"
+    ties = "" if chosen.text_only else f"{summary.ties:,} ties, "
     print(
         f"{summary.scored:,} of {summary.rows:,} rows scored ({summary.resumed:,} found done), "
-        f"{summary.ties:,} ties, {summary.prompts:,} prompts; "
-        f"reward and people agree on {summary.agreement:.1%}"
+        f"{ties}{summary.prompts:,} prompts{found and '; '}{found}"
     )
     for kind, count in summary.rejected.items():
         print(f"  set aside, {count:,} rows: {kind}")
+    if summary.cut:
+        print(f"  {summary.cut:,} prompts are longer than the embedder reads and were cut for it")
     print(f"scores in {summary.out}")
 
 
@@ -177,7 +208,8 @@ def select(
     gamma: Annotated[float | None, typer.Option(help="Weight of diversity.")] = None,
     cap: Annotated[int | None, typer.Option(help="Most pairs of a prompt, 0: no limit.")] = None,
     min_quality: Annotated[float | None, typer.Option(help="Least text quality, 0..10.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random method.")] = None,
+    deny: Annotated[Path | None, typer.Option(help="File of prompts to drop, a line each.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of methods by chance.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for kept.parquet.")] = None,
     config: File = None,
     settings: Settings = None,
@@ -194,6 +226,7 @@ def select(
         "gamma": gamma,
         "cap": cap,
         "min_quality": min_quality,
+        "deny": deny,
         "seed": seed,
         "out": out,
     }
@@ -206,8 +239,65 @@ def select(
         f"{name} {value:.3f}" for name, value in summary.f.items() if value is not None
     )
     print(f"f(S) at {summary.kept:,} pairs: {told}")
-    print(f"reward and people agree on {summary.agreement:.1%} of the kept")
+    if summary.agreement is not None:
+        print(f"reward and people agree on {summary.agreement:.1%} of the kept")
     print(summary.out / KEPT)
+
+
+@app.command(epilog="Example: `fifa sweep runs/scores --methods importance,greedy,random`")
+def sweep(
+    scores: Annotated[Path, typer.Argument(help="Folder that `fifa score` wrote.")],
+    methods: Annotated[str | None, typer.Option(help="Methods to follow, with commas.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Sizes, with commas: 0.1%,1%,4000.")] = None,
+    alphas: Annotated[str | None, typer.Option(help="Weights of text quality.")] = None,
+    gammas: Annotated[str | None, typer.Option(help="Weights of diversity.")] = None,
+    k: Annotated[str | None, typer.Option("-k", help="Pairs to keep by these weights.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method whose weights are changed.")] = None,
+    grid: Annotated[
+        bool | None, typer.Option("--grid", help="Also every alpha with every gamma.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Draw how the kept set changes with its size and with the weights."""
+    from fifa.sweep import NUMBERS, PICTURE, SweepConfig
+    from fifa.sweep import sweep as run
+
+    given = {
+        "scores": scores,
+        "methods": methods,
+        "sizes": sizes,
+        "alphas": alphas,
+        "gammas": gammas,
+        "k": k,
+        "method": method,
+        "grid": grid,
+        "out": out,
+    }
+    chosen = _config(SweepConfig, config, given, settings)
+    with _progress() as progress:
+        swept = run(chosen, progress)
+    header = ("kept", "prompts", "f(S)", "margin", "quality", "entropy", "reward right", "overlap")
+    size_rows = [(point.method, *_worth(point)) for point in swept.sizes]
+    _table(f"By size, overlap with '{chosen.method}'", ("method", *header), size_rows)
+    weighed = [*swept.alphas, *swept.gammas, *swept.grid]
+    weight_rows = [(f"{p.alpha:g}", f"{p.gamma:g}", *_worth(p)) for p in weighed]
+    _table(f"By weights, '{chosen.method}'", ("alpha", "gamma", *header), weight_rows)
+    for name in (NUMBERS, PICTURE):
+        print((out or scores) / name)
+
+
+def _worth(point: Point) -> tuple[str, ...]:
+    values = (point.f, point.margin, point.quality, point.entropy)
+    terms = ("-" if value is None else f"{value:.3f}" for value in values)
+    return (
+        f"{point.kept:,}",
+        f"{point.prompts:,}",
+        *terms,
+        _share(point.agreement),
+        f"{point.overlap:.3f}",
+    )
 
 
 @app.command(epilog="Example: `fifa report runs/scores`")
@@ -288,15 +378,95 @@ def rewards() -> None:
     )
 
 
+@reward_app.command("fit", epilog="Example: `fifa reward fit runs/pairs --out runs/proxy`")
+def reward_fit(
+    pairs: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
+    out: Annotated[Path, typer.Option(help="Folder for the proxy and its model card.")],
+    kind: Annotated[str | None, typer.Option(help="scalar, pairwise or objectives.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Frozen features: mini, clip:..., transformers:...")
+    ] = None,
+    ratings: Annotated[
+        Path | None, typer.Option(help="Rating table for objectives: .parquet, .csv, .jsonl.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, weights and order.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Fit a proxy to people's choices; use it as the reward `fitted:OUT`."""
+    from fifa.proxies import FitConfig
+    from fifa.proxies.card import PAGE
+    from fifa.proxies.fit import fit
+
+    given = {
+        "pairs": pairs,
+        "out": out,
+        "kind": kind,
+        "encoder": encoder,
+        "ratings": ratings,
+        "seed": seed,
+    }
+    with _progress() as progress:
+        card = fit(_config(FitConfig, config, given, settings), progress)
+    for reason, count in {**card.dropped, **card.rejected}.items():
+        print(f"  set aside, {count:,} rows: {reason}")
+    print(f"agrees with {_share(card.accuracy)} of {card.accuracy.pairs:,} held-out strict pairs")
+    print(f"model card in {out / PAGE}")
+
+
+@reward_app.command("explain", epilog="Example: `fifa reward explain runs/armo 'a red star' a.png`")
+def reward_explain(
+    folder: Annotated[Path, typer.Argument(help="Folder of a proxy of kind objectives.")],
+    prompt: Annotated[str, typer.Argument(help="What the pictures were asked to show.")],
+    pictures: Annotated[list[Path], typer.Argument(help="One picture, or several to compare.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the parts of the score here.")] = None,
+) -> None:
+    """Say why pictures score as they do: objectives x what the prompt makes of them."""
+    from fifa.proxies.explain import draw, explain
+
+    found = explain(folder, prompt, pictures)
+    _table(
+        f"{prompt}: reward x coefficient = part of the score",
+        ("objective", "coefficient", *(path.name for path in pictures)),
+        found.lines(),
+    )
+    if plot is not None:
+        draw(found, plot)
+        print(plot)
+
+
+@reward_app.command(
+    "export", epilog="Example: `fifa reward export runs/armo 'neat=1' --out runs/n`"
+)
+def reward_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a proxy of kind objectives.")],
+    weights: Annotated[str, typer.Argument(help="Fixed weights: NAME=NUMBER,NAME=NUMBER.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new reward.")],
+) -> None:
+    """Make a reward of an objective, or of several at fixed weights in place of the gate."""
+    from fifa.proxies.explain import export, parse_weights
+
+    export(folder, parse_weights(weights), out)
+    print(out)
+
+
 @app.command()
 def settings() -> None:
-    """List every setting of `convert`, `score` and `select` with its default and meaning."""
+    """List every setting of `convert`, `score`, `select`, `sweep`, `reward fit`, its meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
-    from fifa.scoring import ScoreConfig
+    from fifa.proxies import FitConfig
+    from fifa.scoring.settings import ScoreConfig
     from fifa.sources.convert import ConvertConfig
+    from fifa.sweep import SweepConfig
 
-    kinds = (("convert", ConvertConfig), ("score", ScoreConfig), ("select", SelectConfig))
+    kinds = (
+        ("convert", ConvertConfig),
+        ("score", ScoreConfig),
+        ("select", SelectConfig),
+        ("sweep", SweepConfig),
+        ("reward fit", FitConfig),
+    )
     for name, cls in kinds:
         print(f"fifa {name}")
         for setting in describe(cls):

@@ -10,6 +10,7 @@ import base64
 import io
 import struct
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
+
+# Pillow reads more, some of it with the help of other programs (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _DECODE_ERRORS = (
     OSError,  # includes UnidentifiedImageError and truncated files
@@ -36,16 +40,27 @@ _DECODE_ERRORS = (
 )
 
 
-def decode(data: bytes, where: str) -> Pixels:
-    """Encoded bytes (PNG, JPEG, WebP, ...) to uint8 (H, W, 3), as a viewer would show them.
+@cache
+def _readable() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow knows."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+def decode(data: bytes, where: str, max_pixels: int | None = None) -> Pixels:
+    """Encoded bytes of one of FORMATS to uint8 (H, W, 3), as a viewer would show them.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey keeps its high byte, of an
-    animation the first frame counts. Raises InputError that begins with `where`.
+    animation the first frame counts. A picture whose header promises more than `max_pixels` is not
+    unpacked. Raises InputError that begins with `where`.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)) or len(data) == 0:
         raise InputError(f"{where}: there is no image (expected encoded bytes such as JPEG or PNG)")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_readable()) as image:
+            width, height = image.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise ValueError(f"{width} x {height}, at most {max_pixels:,} pixels are allowed")
             image.load()
             return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
     except _DECODE_ERRORS as error:

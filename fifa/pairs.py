@@ -74,14 +74,33 @@ class RowError(InputError):
 
 # ---- one row -------------------------------------------------------------------------------------
 
+MAX_PROMPT = 10_000  # characters
+
+
+def check_prompt(prompt: str, where: str, most: int = MAX_PROMPT) -> None:
+    """Raise RowError, which begins with `where`, for a prompt that nothing can be made of."""
+    if not isinstance(prompt, str) or _is_blank(prompt):
+        raise RowError(where, "the prompt is empty")
+    if "\0" in prompt:
+        raise RowError(where, "the prompt holds a NUL byte")
+    if len(prompt) > most:
+        detail = f", {len(prompt):,} characters where {most:,} are allowed"
+        raise RowError(where, "the prompt is too long", detail)
+    if _is_broken(prompt):
+        raise RowError(where, "the prompt is not valid Unicode")
+
+
+def _is_blank(text: str) -> bool:
+    """Whether there is nothing to see: white space, control and format characters only."""
+    return all(unicodedata.category(letter)[0] in "CZ" for letter in text)
+
+
 _OUTCOMES: dict[tuple[float, float], Outcome] = {(1, 0): "a", (0, 1): "b", (0.5, 0.5): "tie"}
 
 
 def judgment_from_row(row: Mapping[str, Any], where: str) -> Judgment:
     """One Pick-a-Pic row as a Judgment; RowError that begins with `where` if it is not one."""
-    prompt = row.get("caption")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise RowError(where, "the caption is missing or empty")
+    prompt = _caption(row, where)
     for column in IMAGE_COLUMNS:
         if not isinstance(row.get(column), bytes) or not row[column]:
             raise RowError(where, "an image is missing or empty", f" ({column})")
@@ -101,6 +120,20 @@ def judgment_from_row(row: Mapping[str, Any], where: str) -> Judgment:
         model_a=_text(row.get("model_0")),
         model_b=_text(row.get("model_1")),
     )
+
+
+def _caption(row: Mapping[str, Any], where: str) -> str:
+    prompt = row.get("caption")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise RowError(where, "the caption is missing or empty")
+    if _is_broken(prompt):
+        raise RowError(where, "the caption is not valid Unicode")
+    return prompt
+
+
+def _is_broken(text: str) -> bool:
+    """Whether the text holds half a letter, which UTF-8 cannot express."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _text(value: Any) -> str:
@@ -242,11 +275,12 @@ class PairTable:
         self._groups = tuple(groups)
 
     @classmethod
-    def open(cls, path: str | Path) -> PairTable:
+    def open(cls, path: str | Path, pictures: bool = True) -> PairTable:
         """A `.parquet` file, or a folder of them taken in order of their names.
 
-        Raises InputError if there is none, one cannot be read, a column is missing or of the wrong
-        type, or the files disagree on their columns.
+        Without `pictures` a `caption` is all that it needs to have. Raises InputError if there is
+        none, one cannot be read, a column is missing or of the wrong type, or the files disagree
+        on their columns.
         """
         path = Path(path)
         groups: list[RowGroup] = []
@@ -255,7 +289,7 @@ class PairTable:
         for file in _parquet_files(path):
             footer = _footer(file)
             own = footer.schema.to_arrow_schema()
-            _check_columns(own, file)
+            _check_columns(own, file, list(_NEEDED) if pictures else ["caption"])
             if schema is not None and not own.equals(schema):
                 raise InputError(f"{file}: its columns differ from those of {groups[0].path}")
             schema = schema or own
@@ -289,7 +323,7 @@ class PairTable:
 
     def read_rows(self, indices: ArrayLike, columns: Sequence[str] | None = None) -> pa.Table:
         """The given rows in table order, columns as in `read_group`; all of them in memory."""
-        rows = self._checked_rows(indices)
+        rows = checked_rows(indices, self.num_rows, self.path)
         pieces = [self.read_group(0, columns).slice(0, 0)]
         for i, group in enumerate(self._groups):
             first, last = np.searchsorted(rows, [group.start, group.start + group.rows])
@@ -298,14 +332,30 @@ class PairTable:
                 pieces.append(self.read_group(i, columns).take(local))
         return pa.concat_tables(pieces)
 
+    def captions(self, indices: ArrayLike) -> list[str]:
+        """The prompts of the given rows, in table order."""
+        found: list[str] = self.read_rows(indices, ["caption"])["caption"].to_pylist()
+        return found
+
     def judgments(self, i: int) -> Iterator[Judgment | BadRow]:
         """The rows of group `i` in order; a row that is no judgment comes as a BadRow."""
         group = self._groups[i]
         columns = [*_NEEDED, *(name for name in _OPTIONAL if name in self.schema.names)]
-        for offset, row in enumerate(self.read_group(i, columns).to_pylist()):
+        for offset, row in enumerate(_rows(self.read_group(i, columns))):
             number = group.start + offset
             try:
                 yield judgment_from_row(row, f"row {number} ({group.path.name})")
+            except RowError as error:
+                yield BadRow(number, error.kind, str(error))
+
+    def prompts(self, i: int) -> Iterator[tuple[str, str] | BadRow]:
+        """Where each row of group `i` stands and its caption, in order; nothing else is read."""
+        group = self._groups[i]
+        for offset, row in enumerate(_rows(self.read_group(i, ["caption"]))):
+            number = group.start + offset
+            where = f"row {number} ({group.path.name})"
+            try:
+                yield where, _caption(row, where)
             except RowError as error:
                 yield BadRow(number, error.kind, str(error))
 
@@ -315,7 +365,7 @@ class PairTable:
         Raises InputError for a row that is not there or is asked for twice. Holds at most one row
         group of the source and 1,000 kept rows in memory.
         """
-        rows = self._checked_rows(indices)
+        rows = checked_rows(indices, self.num_rows, self.path)
         waiting: list[pa.Table] = []
         with atomic_path(out_path) as temporary, pq.ParquetWriter(temporary, self.schema) as out:
             for group in self._groups:
@@ -348,12 +398,34 @@ class PairTable:
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"cannot read {group.path}: {_one_line(error)}") from None
 
-    def _checked_rows(self, indices: ArrayLike) -> NDArray[np.int64]:
-        rows = np.sort(np.asarray(indices, dtype=np.int64).ravel())
-        if len(rows) and (rows[0] < 0 or rows[-1] >= self.num_rows):
-            raise InputError(f"{self.path} has rows 0..{self.num_rows - 1}, not {rows[[0, -1]]}")
-        if len(np.unique(rows)) != len(rows):
-            raise InputError(f"a row of {self.path} was asked for twice")
+
+def checked_rows(indices: ArrayLike, rows: int, path: Path) -> NDArray[np.int64]:
+    """Row numbers of a table of so many rows, sorted; InputError for one not there or repeated."""
+    found = np.sort(np.asarray(indices, dtype=np.int64).ravel())
+    if len(found) and (found[0] < 0 or found[-1] >= rows):
+        raise InputError(f"{path} has rows 0..{rows - 1}, not {found[[0, -1]]}")
+    if len(np.unique(found)) != len(found):
+        raise InputError(f"a row of {path} was asked for twice")
+    return found
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as dictionaries. Parquet lets pass text that is not UTF-8: lone surrogates stand in.
+
+    They are found where the text is checked.
+    """
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        texts = [name for name in table.column_names if _is_text(table.schema.field(name).type)]
+        for name in texts:
+            kind = table.schema.field(name).type
+            raw = table[name].cast(pa.binary() if kind == pa.string() else pa.large_binary())
+            table = table.set_column(table.column_names.index(name), name, raw)
+        rows = table.to_pylist()
+        for row in rows:
+            found = ((name, row[name]) for name in texts if row[name] is not None)
+            row |= {name: data.decode("utf-8", "surrogateescape") for name, data in found}
         return rows
 
 
@@ -379,8 +451,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _check_columns(schema: pa.Schema, file: Path) -> None:
-    for name, (fits, wanted) in _NEEDED.items():
+def _check_columns(schema: pa.Schema, file: Path, needed: Sequence[str]) -> None:
+    for name in needed:
+        fits, wanted = _NEEDED[name]
         if name not in schema.names:
             near = nearest(name, schema.names)
             hint = f"; is it '{near}'?" if near else f", it has {', '.join(schema.names)}"

@@ -8,53 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-
-CORPUS = (
-    "a red circle above a blue square",
-    "two small green triangles on a yellow background",
-    "a large purple star left of three white circles",
-)
+from tiny_pipelines import autoencoder, clip_config, clip_tokenizer
 
 
 def build_tiny_sd(folder: Path, **overrides: Any) -> Path:
     """Save a StableDiffusionPipeline of some 40,000 random weights in `folder`.
 
     Latents are `latent_channels` x 8 x 8 and images 64 px (VAE factor 8); `overrides` also takes
-    prediction_type, set_alpha_to_one, shift_factor and sample_size. Global RNG state is kept.
+    prediction_type, zero_snr, set_alpha_to_one, shift_factor and sample_size. Global RNG state is
+    kept.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as UNet
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     channels = overrides.get("latent_channels", 4)
     size = overrides.get("sample_size", 8)
-    tokenizer = tiny_tokenizer(folder.with_name(folder.name + "-vocabulary"))
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer = clip_tokenizer(folder.with_name(folder.name + "-vocabulary"))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         pipe = StableDiffusionPipeline(
             tokenizer=tokenizer,
-            text_encoder=CLIPTextModel(text),
-            vae=AutoencoderKL(
-                block_out_channels=(4, 4, 8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=1,
-                norm_num_groups=2,
-                latent_channels=channels,
-                sample_size=8 * size,
-                scaling_factor=0.9,
-                shift_factor=overrides.get("shift_factor"),
+            text_encoder=CLIPTextModel(clip_config(tokenizer)),
+            vae=autoencoder(
+                channels, sample_size=8 * size, shift_factor=overrides.get("shift_factor")
             ),
             unet=UNet(
                 sample_size=size,
@@ -76,6 +53,8 @@ def build_tiny_sd(folder: Path, **overrides: Any) -> Path:
                 clip_sample=False,
                 set_alpha_to_one=overrides.get("set_alpha_to_one", False),
                 prediction_type=overrides.get("prediction_type", "epsilon"),
+                rescale_betas_zero_snr=overrides.get("zero_snr", False),
+                timestep_spacing="trailing" if overrides.get("zero_snr") else "leading",
             ),
             safety_checker=None,
             feature_extractor=None,
@@ -83,29 +62,6 @@ def build_tiny_sd(folder: Path, **overrides: Any) -> Path:
         )
     pipe.save_pretrained(folder)
     return folder
-
-
-def tiny_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer whose byte-pair merges were learnt from three sentences."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    bpe.model.save(str(folder))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
 
 
 @pytest.fixture(scope="session")

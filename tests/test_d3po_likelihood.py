@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d3po.families import guided, load_family
-from d3po.likelihood import path_logp, renoise_logp
+from d3po.likelihood import gaussian_kl, log_peak, path_logp, path_score, renoise_logp
 from d3po.objectives import dpo
 from d3po.sampling import Predict, image_noise, path_noise, rollout
 from d3po.schedule import NoiseSchedule, ddim_grid
@@ -61,6 +61,8 @@ def test_path_logp_is_the_published_formula(reduce: str) -> None:
             )
             want = per_element.mean() if reduce == "mean" else per_element.sum()
             assert float(got[b, s]) == pytest.approx(float(want), rel=1e-10)
+    together = path_logp(linear(0.3), grid, schedule, latents, steps, reduce, together=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(together, got, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -157,3 +159,37 @@ def test_low_precision_networks_are_scored_in_float32() -> None:
     )
     assert got.dtype == torch.float32
     assert got.item() == -0.5
+
+
+# ---- what single images need besides ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_path_score_adds_the_means_and_changes_nothing(reduce: str) -> None:
+    schedule = schedule_of("v_prediction")
+    grid, latents, steps = ddim_grid(schedule, 5, 0.8), doubles(3, 6, 2, 4, 4), torch.tensor([4, 1])
+    given = (linear(0.3), grid, schedule, latents, steps, reduce)
+    score = path_score(*given)  # type: ignore[arg-type]
+    assert torch.equal(score.logp, path_logp(*given))  # type: ignore[arg-type]
+    peak = log_peak(grid, steps, 2 * 4 * 4, reduce)  # type: ignore[arg-type]
+    for column, i in enumerate(steps.tolist()):
+        sigma = float(grid.sigma[i])
+        normal = torch.distributions.Normal(score.mean[:, column] * sigma, sigma)
+        density = normal.log_prob(latents[:, i + 1]).flatten(1)
+        want = density.mean(1) if reduce == "mean" else density.sum(1)
+        torch.testing.assert_close(score.logp[:, column], want, rtol=1e-12, atol=1e-12)
+        highest = normal.log_prob(normal.mean).flatten(1)
+        want = highest.mean(1) if reduce == "mean" else highest.sum(1)
+        torch.testing.assert_close(peak[column].expand(3), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_gaussian_kl_is_that_of_torch(reduce: str) -> None:
+    ours, theirs, sigma = doubles(2, 3, 2, 4, 4), doubles(2, 3, 2, 4, 4) * 0.3 + 0.1, 0.7
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(ours * sigma, sigma),
+        torch.distributions.Normal(theirs * sigma, sigma),
+    ).flatten(2)
+    want = kl.mean(2) if reduce == "mean" else kl.sum(2)
+    got = gaussian_kl(ours, theirs, reduce)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

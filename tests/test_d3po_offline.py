@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, load_family
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import (
     OfflineConfig,
     OfflineSource,
@@ -28,7 +29,7 @@ from d3po.offline import (
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.sampling import image_noise
-from d3po.trainer import BoundObjective, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
 from fifa.config import InputError
 from fifa.images import encode_png, to_batch
 from fifa.pairs import held_out
@@ -96,10 +97,11 @@ def test_the_cache_holds_what_the_encoders_give(tmp_path: Path, family: Family, 
         latents = family.encode_images(to_batch([picture(win), picture(lose)]))
         assert np.allclose(cache.win[i], latents[0].numpy(), atol=1e-5)
         assert np.allclose(cache.lose[i], latents[1].numpy(), atol=1e-5)
-        text = family.encode_text([f"prompt {i // 2}"])[0]
-        assert np.allclose(cache.cond[cache.prompt[i]], text.numpy(), atol=1e-5)
-    assert len(cache.cond) == 4  # three prompts and the empty one
-    assert np.allclose(cache.cond[0], family.encode_text([""])[0].numpy(), atol=1e-5)
+        text = family.encode_text([f"prompt {i // 2}"]).tensors["text"][0]
+        assert np.allclose(cache.cond["text"][cache.prompt[i]], text.numpy(), atol=1e-5)
+    empty = family.encode_text([""]).tensors["text"][0]
+    assert len(cache.cond["text"]) == 4  # three prompts and the empty one
+    assert np.allclose(cache.cond["text"][0], empty.numpy(), atol=1e-5)
 
 
 def test_half_precision_halves_the_cache(tmp_path: Path, family: Family, run: Run) -> None:
@@ -212,7 +214,7 @@ def start(
     objective = BoundObjective.from_config(ObjectiveConfig(name="dpo", beta=2000.0))
     cache = cached_pairs(config, family, run)
     return Learner(policy, wrapped, objective, settings), OfflineSource(
-        config, settings, family, cache, run
+        config, settings, family, policy, cache, run
     )
 
 
@@ -229,7 +231,7 @@ def published_loss(learner: Learner, cache: PairCache, pairs: list[tuple[int, in
         noise = image_noise([derive_seed(SEED, "noise", epoch, row)], latents.shape, 0)
         t = torch.tensor([derive_seed(SEED, "time", epoch, row) % 1000])
         noisy = scheduler.add_noise(torch.from_numpy(latents.copy())[None], noise, t)
-        cond = torch.from_numpy(cache.cond[cache.prompt[row]].copy())[None]
+        cond = cache.conditioning([cache.prompt[row]]).tensors["text"]
         return (learner.policy.bare(noisy, t, cond).sample - noise).square().mean()
 
     losses = []
@@ -287,6 +289,68 @@ def test_winner_and_loser_meet_the_same_noise(tmp_path: Path, tiny_sd: Path, run
     logp = update.chunks[0].logp(learner.policy.bare)
     assert torch.equal(logp[:2], logp[2:])  # a picture against itself
     assert not torch.equal(logp[0], logp[1])  # another pair, another time and noise
+
+
+def watch_reference(learner: Learner) -> list[int]:
+    """Grows by the rows of every forward pass of the reference."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(m for m in learner.policy.bare.modules() if isinstance(m, BaseTunerLayer))
+    rows: list[int] = []
+
+    def count(module: Any, args: tuple[Tensor, ...]) -> None:
+        if layer.disable_adapters:
+            rows.append(len(args[0]))
+
+    learner.policy.bare.register_forward_pre_hook(count)
+    return rows
+
+
+def test_a_limited_list_of_draws_asks_the_reference_once(
+    tmp_path: Path, tiny_sd: Path, run: Run
+) -> None:
+    config = config_of(tmp_path, good_rows(4), noise_draws=2)
+    learner, source = start(tiny_sd, config, run)
+    rows = watch_reference(learner)
+    found = [gradient(learner, source, run, index) for index in range(4)]  # 2 updates an epoch
+    assert rows == [6, 2, 6, 2]  # batches of 3 pairs and 1, once for each of the two draws
+    # the third epoch meets the noise of the first, and its gradients in another order of pairs
+    order = shuffled(SEED, 4, 0, 16)
+    for index in (4, 5, 6, 7):
+        pairs = [(index // 2 % 2, order[place]) for place in (2 * index, 2 * index + 1)]
+        loss = published_loss(learner, source.cache, pairs)
+        flat = torch.cat(
+            [part.flatten() for part in torch.autograd.grad(loss, learner.policy.trainable())]
+        )
+        again = gradient(learner, source, run, index)
+        # float32 kernels differ with the batch, as above; other noise would make a difference of 1
+        assert float((again - flat).abs().max() / flat.abs().max()) < 1e-3
+    assert len(rows) == 4 + 16  # nothing but what `published_loss` asked for itself
+    # another run on the same pairs reads the same numbers, also where its updates are cut otherwise
+    learner, source = start(tiny_sd, config, run, micro_batch=1)
+    rows = watch_reference(learner)
+    gradient(learner, source, run, 0)
+    learner, source = start(tiny_sd, config, run)
+    assert torch.equal(gradient(learner, source, run, 1), found[1])
+    assert rows == []
+
+
+def test_scores_of_another_reference_are_other_scores(
+    tmp_path: Path, tiny_sd: Path, run: Run
+) -> None:
+    config = config_of(tmp_path, good_rows(2), noise_draws=1)
+    family = load_family(tiny_sd)
+    cache = cached_pairs(config, family, run)
+    next(family.denoiser.parameters()).data.add_(1e-3)
+    other = Policy(family, PolicyConfig())
+    own = Policy(load_family(tiny_sd), PolicyConfig())
+    noisy = config.model_copy(update={"noise": (0.5, 1.0)})
+    folders = []
+    for policy, settings in ((own, config), (other, config), (own, noisy)):
+        source = OfflineSource(settings, OptimConfig(), policy.family, policy, cache, run)
+        assert source.reference is not None
+        folders.append(source.reference.folder)
+    assert len(set(folders)) == 3
 
 
 def test_the_encoders_are_not_used_in_the_loop(tmp_path: Path, tiny_sd: Path, run: Run) -> None:

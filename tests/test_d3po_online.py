@@ -21,23 +21,16 @@ from torch import Tensor
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import guided, load_family
+from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
-from d3po.online import (
-    FileJudge,
-    Judge,
-    OnlineConfig,
-    OnlineSource,
-    Place,
-    RewardJudge,
-    Scores,
-    groups_per_update,
-    strict_pairs,
-    trained_steps,
-)
+from d3po.judging import FileJudge, Judge, Place, RewardJudge, Scores, strict_pairs
+from d3po.losses import BoundObjective, ObjectiveConfig
+from d3po.online import OnlineConfig, OnlineSource, groups_per_update, trained_steps
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.schedule import TimeGrid
-from d3po.trainer import BoundObjective, Chunk, Learner, ObjectiveConfig, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
+from d3po.updates import Chunk
 from fifa.config import InputError
 from fifa.rewards import load_reward
 
@@ -115,9 +108,7 @@ def doubled(chunk: Chunk) -> Chunk:
     """The same chunk on float64 latents and text; the reference is scored anew."""
     assert isinstance(chunk.logp, partial)
     latents, cond, steps = chunk.logp.args
-    return replace(
-        chunk, logp=partial(chunk.logp.func, latents.double(), cond.double(), steps), ref=None
-    )
+    return replace(chunk, logp=partial(chunk.logp.func, latents.double(), cond, steps), ref=None)
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -235,6 +226,8 @@ def grid_of(*sigma: float) -> TimeGrid:
         ({"steps": "early", "step_count": 2}, [0, 1]),
         ({"steps": "late", "step_count": 2}, [2, 3]),
         ({"steps": "late", "step_count": 2, "skip_last": True}, [1, 2]),
+        ({"steps": "window", "step_count": 2, "window_start": 1}, [1, 2]),
+        ({"steps": "window", "step_count": 4}, [0, 1, 2, 3]),
     ],
 )
 def test_steps(settings: dict[str, Any], expected: list[int]) -> None:
@@ -256,16 +249,35 @@ def test_random_steps_change_with_the_place_and_are_even() -> None:
     assert np.abs(counts / 600 - 0.5).max() < 0.08  # 4 standard deviations
 
 
+def test_a_window_moves_over_all_its_places_evenly() -> None:
+    config = OnlineConfig(steps="window", step_count=2)
+    grid = grid_of(0.4, 0.3, 0.2, 0.1)
+    drawn = [tuple(trained_steps(config, grid, 0, index)) for index in range(600)]
+    assert set(drawn) == {(0, 1), (1, 2), (2, 3)}
+    shares = [drawn.count(window) / 600 for window in set(drawn)]
+    assert max(abs(share - 1 / 3) for share in shares) < 0.08  # 4 standard deviations
+
+
 def test_a_path_without_noise_cannot_be_trained_on() -> None:
     with pytest.raises(InputError, match=r"0 of the 2 sampler steps have noise .*sampler\.eta > 0"):
         trained_steps(OnlineConfig(), grid_of(0.0, 0.0))
     with pytest.raises(InputError, match="wants 3 steps, but 2 of the 2"):
         trained_steps(OnlineConfig(steps="late", step_count=3), grid_of(0.2, 0.1))
+    window = OnlineConfig(steps="window", step_count=2, window_start=1)
+    with pytest.raises(InputError, match="wants 2 steps from step 1 on, but 2 of the 2"):
+        trained_steps(window, grid_of(0.2, 0.1))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": "late"}, {"step_count": 2}, {"judges": ()}, {"images": 1}, {"steps": "middle"}],
+    [
+        {"steps": "late"},
+        {"step_count": 2},
+        {"judges": ()},
+        {"images": 1},
+        {"steps": "middle"},
+        {"steps": "early", "step_count": 2, "window_start": 1},
+    ],
 )
 def test_settings_that_contradict_themselves_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="OnlineConfig"):
@@ -296,9 +308,7 @@ def rolled_out(source: OnlineSource, index: int) -> tuple[Tensor, Tensor]:
     ]
     parts = list(generate(source.family, source.policy.bare, SAMPLER, orders))
     latents = torch.cat([part.trajectory.latents for part in parts])
-    return latents.unflatten(0, (4, 3)), torch.cat([part.cond for part in parts]).unflatten(
-        0, (4, 3)
-    )
+    return latents.unflatten(0, (4, 3)), Conditioning.cat([part.cond for part in parts])
 
 
 def test_a_group_starts_from_one_noise_and_its_images_part(start: Start) -> None:
@@ -318,10 +328,11 @@ def loss_pair_by_pair(learner: Learner, source: OnlineSource) -> Tensor:
     grid, family = source.grid, source.family
     uncond = family.encode_text([""])
 
-    def logp(image: Tensor, text: Tensor, i: int) -> Tensor:
-        predict = guided(family, learner.policy.bare, text[None], uncond, SAMPLER.guidance)
+    def logp(image: Tensor, text: Conditioning, i: int) -> Tensor:
+        predict = guided(family, learner.policy.bare, text, uncond, SAMPLER.guidance)
         x_t, x_s, t = image[i][None].double(), image[i + 1][None].double(), grid.times[i][None]
-        abar_t, abar_s, sigma = (float(row[i]) for row in (grid.abar_t, grid.abar_s, grid.sigma))
+        abar_t = float(family.schedule.alphas_cumprod[t])
+        abar_s, sigma = float(grid.to_x0[i]) ** 2, float(grid.sigma[i])
         eps = predict(x_t, t)
         x0 = (x_t - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
         mean = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s - sigma**2) * eps
@@ -329,8 +340,8 @@ def loss_pair_by_pair(learner: Learner, source: OnlineSource) -> Tensor:
 
     def ratio(group: int, image: int, i: int) -> Tensor:
         with learner.policy.reference():
-            ref = logp(latents[group, image], cond[group, image], i)
-        return logp(latents[group, image], cond[group, image], i) - ref
+            ref = logp(latents[group, image], cond[[3 * group + image]], i)
+        return logp(latents[group, image], cond[[3 * group + image]], i) - ref
 
     terms = [
         torch.log1p(torch.exp(-50.0 * (ratio(group, win, i) - ratio(group, lose, i))))
@@ -360,6 +371,18 @@ def test_the_size_of_the_chunks_does_not_change_the_gradient(start: Start, run: 
     assert max(apart(other, whole) for other in others) < 1e-6
 
 
+def test_steps_that_go_through_together_have_the_same_gradient(start: Start, run: Run) -> None:
+    alone, *others = [start(steps_at_once=count) for count in (1, 2, 3)]
+    (expected,) = gradients(*alone, run)
+    for (learner, source), calls in zip(others, (2, 1), strict=True):
+        rows = Rows(learner)
+        (found,) = gradients(learner, source, run)
+        assert apart(found, expected) < 1e-6
+        # 3 steps in so many calls; the reference is scored in float32 and again in float64
+        assert (rows.trained, rows.trained_calls) == (2 * 9 * 3, calls)
+        assert (rows.referred, rows.referred_calls) == (2 * 2 * 9 * 3, 2 * calls)
+
+
 def test_updates_of_a_round_add_up_to_the_round(start: Start, run: Run) -> None:
     (whole,) = gradients(*start(micro_batch=4), run)
     first, second = gradients(*start(micro_batch=2), run)
@@ -372,13 +395,16 @@ class Rows:
 
     def __init__(self, learner: Learner) -> None:
         self.trained = self.sampled = self.referred = 0
+        self.trained_calls = self.referred_calls = 0
         layer = next(m for m in learner.policy.bare.modules() if isinstance(m, BaseTunerLayer))
 
         def count(module: Any, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
                 self.trained += len(args[0])
+                self.trained_calls += 1
             elif layer.disable_adapters:
                 self.referred += len(args[0])
+                self.referred_calls += 1
             else:
                 self.sampled += len(args[0])
 

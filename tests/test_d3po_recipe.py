@@ -85,7 +85,7 @@ def test_the_method_gets_its_section() -> None:
         (["method=ppo"], "'method' is 'ppo': it should be 'd3po' or 'dpo'"),
         (["optim.learning_rat=1"], "did you mean 'optim.learning_rate'?"),
         (["optim.learning_rate=fast"], "'optim.learning_rate' is 'fast'"),
-        (["online.steps=late"], "step_count goes with steps random, early or late"),
+        (["online.steps=late"], "step_count goes with steps random, early, late or window"),
         (["eval.prompts=heldout"], "needs method dpo and offline.held_out_fraction > 0"),
     ],
 )

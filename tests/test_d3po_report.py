@@ -18,6 +18,7 @@ from test_fifa_report import Balanced
 
 from d3po.evaluate import EvalConfig, Evaluation, JudgeResult, PromptResult
 from d3po.generate import SamplerConfig, generate, independent_orders
+from d3po.losses import ObjectiveConfig
 from d3po.online import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig, load_run, train
@@ -35,7 +36,7 @@ from d3po.report import (
     write_report,
 )
 from d3po.run import RunConfig
-from d3po.trainer import ObjectiveConfig, OptimConfig
+from d3po.trainer import OptimConfig
 from fifa.config import InputError
 from fifa.filtering import SelectConfig, select
 from fifa.images import decode, to_uint8

@@ -264,15 +264,29 @@ def test_piped_output_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "left" in lines[0]
 
 
-@pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("no", True)])
-def test_bf16_on_a_cpu_leaves_fused_attention_out(
-    tmp_path: Path, precision: str, fused: bool
+# ---- launchers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_weights_in_pieces_are_refused_before_anything_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, name: str
 ) -> None:
-    run = Run(RunConfig(dir=str(tmp_path), mixed_precision=precision))
-    before = torch.backends.cuda.flash_sdp_enabled()
-    with run.kernels():
-        assert torch.backends.cuda.flash_sdp_enabled() is fused
-        assert torch.backends.cuda.math_sdp_enabled()
-    assert before is True
-    assert torch.backends.cuda.flash_sdp_enabled() is before
-    run.close()
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(InputError, match=rf"told to use {name}, .*configs/accelerate/ddp\.yaml"):
+        Run(RunConfig(dir=str(tmp_path)))
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "false")
+    Run(RunConfig(dir=str(tmp_path))).close()
+
+
+LAUNCHERS = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
+
+
+def test_launcher_files_are_what_accelerate_reads() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    machines = {}
+    for path in LAUNCHERS:
+        found = load_config_from_file(str(path))  # refuses keys that it does not know
+        assert found.distributed_type.value == "MULTI_GPU"
+        machines[path.name] = (found.num_machines, found.num_processes)
+    assert machines == {"ddp.yaml": (1, 8), "nodes.yaml": (2, 16)}

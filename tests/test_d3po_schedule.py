@@ -150,5 +150,7 @@ def test_times_are_indices_and_never_wrap() -> None:
 def test_schedules_without_a_density_are_refused() -> None:
     with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler"):
         NoiseSchedule.from_diffusers(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(InputError, match="zero terminal SNR"):
+        NoiseSchedule.from_diffusers(ddim(rescale_betas_zero_snr=True))
     with pytest.raises(InputError, match="thresholding"):
         NoiseSchedule.from_diffusers(ddim(thresholding=True))

@@ -15,21 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from d3po.families import Family, load_family
+from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import dpo
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
-from d3po.trainer import (
-    BoundObjective,
-    Chunk,
-    Learner,
-    ObjectiveConfig,
-    OptimConfig,
-    Round,
-    Update,
-    fit,
-    train_step,
-    whole_rounds,
-)
+from d3po.trainer import Learner, OptimConfig, fit, train_step, whole_rounds
+from d3po.updates import Chunk, Round, Update
 from fifa.config import InputError
 
 COND_SEED, ROWS = 3, 4
@@ -109,18 +100,12 @@ def test_an_objective_gets_its_numbers_and_keeps_its_defaults() -> None:
     # both ratios are clipped: 2 * (log 1.2 - log 0.8)
     expected = math.log1p(math.exp(-2 * (math.log(1.2) - math.log(0.8))))
     assert float(bound(far, -far, zero, zero)) == pytest.approx(expected)
-    watched = dict(
-        zip(
-            ("accuracy", "margin", "win", "lose", "clipped"),
-            bound.watch(far, -far, zero, zero),
-            strict=True,
-        )
-    )
+    watched = bound.watch({"win": far, "lose": -far, "ref_win": zero, "ref_lose": zero})
     assert {k: float(v) for k, v in watched.items()} == {
         "accuracy": 1.0,
         "margin": 20.0,
-        "win": 5.0,
-        "lose": -5.0,
+        "win_ratio": 5.0,
+        "lose_ratio": -5.0,
         "clipped": 1.0,
     }
 
@@ -221,7 +206,7 @@ def test_chunks_of_any_size_give_the_same_gradient(tiny_sd: Path, run: Run) -> N
         for p in policy.trainable():
             p.add_(0.1)
     x = torch.randn(8, *family.latent_shape, generator=torch.Generator().manual_seed(0)).double()
-    cond = family.encode_text(["a red circle"]).double()
+    cond = family.encode_text(["a red circle"])
 
     def chunk(first: int, last: int) -> Chunk:
         """Images first..last-1: each wins against the next one, all steps of it in one go."""
@@ -229,9 +214,7 @@ def test_chunks_of_any_size_give_the_same_gradient(tiny_sd: Path, run: Run) -> N
         def logp(denoiser: nn.Module) -> Tensor:
             rows = x[first:last]
             times = [torch.full((len(rows),), t) for t in (300, 700)]
-            preds = [
-                family.predict(denoiser, rows, t, cond.expand(len(rows), -1, -1)) for t in times
-            ]
+            preds = [family.predict(denoiser, rows, t, cond.expand(len(rows))) for t in times]
             return torch.stack([-(pred - rows).square().flatten(1).mean(1) for pred in preds], 1)
 
         win = torch.arange(last - first - 1)
@@ -317,25 +300,30 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(tiny_sd: Path, run: 
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "optim"),
     [
-        PolicyConfig(),
-        PolicyConfig(ema_decay=0.9),
-        PolicyConfig(method="full"),
+        (PolicyConfig(), {}),
+        (PolicyConfig(ema_decay=0.9), {"fused": True}),
+        (PolicyConfig(method="full"), {"offload": True}),
+        (PolicyConfig(method="full"), {"kind": "adamw_8bit"}),
+        (PolicyConfig(), {"kind": "adafactor"}),
     ],
-    ids=["lora", "ema", "full"],
+    ids=["lora", "ema", "full", "8bit", "adafactor"],
 )
-def test_a_resumed_run_is_the_same_run(tiny_sd: Path, tmp_path: Path, policy: PolicyConfig) -> None:
+def test_a_resumed_run_is_the_same_run(
+    tiny_sd: Path, tmp_path: Path, policy: PolicyConfig, optim: dict[str, Any]
+) -> None:
     finals, rows = [], []
     for name, parts in (("whole", [6]), ("in parts", [4, 6])):
         for steps in parts:
             run = open_run(tmp_path / name)
-            learner = learner_of(tiny_sd, run, policy, max_steps=steps, warmup_steps=5)
+            learner = learner_of(tiny_sd, run, policy, max_steps=steps, warmup_steps=5, **optim)
             fit(learner, Repeat(learner.policy.family), run)
             run.close()
         finals.append(learner.policy.state_dict())
         rows.append(metrics(run))
     assert rows[0] == rows[1]
+    assert rows[0][0] != rows[0][-1]
     assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
 
 

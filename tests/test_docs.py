@@ -25,9 +25,20 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 SMALLER = {
     r"--rows \d+": "--rows 800",
     r"--prompts \d+": "--prompts 2",
-    r"--seeds 0 1 2": "--seeds 0",
+    r"--others \d+": "--others 200",
+    r"--seeds 0 1 2( 3)?": "--seeds 0",
+    r"(benchmarks/filter\.py)": r"\1 --small",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",
+    r"(methods\.py online \S+)": r"\1 --rates 1e-3 2e-3 --methods d3po",
+    r"(methods\.py stored)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
+    "--methods dpo kto --prompts 2 --images 2",
+    r"(benchmarks/scoring\.py) --pairs \d+ --repeats \d+": r"\1 --pairs 2 --repeats 1 "
+    "--model ViT-S-32-alt",
+    r"(benchmarks/d3po_update\.py) --turns 2": r"\1 --turns 1 --steps 2 --images 3 --methods lora "
+    "--steps-at-once 2 --timed-pairs 1 --check-steps 2",
+    r"(benchmarks/dpo_step\.py) --turns 5": r"\1 --turns 1 --rows 12 --pairs 4 --methods lora",
+    r"(benchmarks/gpu\.py) --tiny": r"\1 --tiny --models sdxl --group 2 --pairs 1 --turns 1",
     r"(configs/mini_d3po_\w+\.yaml)": r"\1 optim.max_steps=1 optim.micro_batch=1 "
     "optim.accumulation=1 online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 "
     "online.prompt_count=20 eval.count=1 eval.images=2",

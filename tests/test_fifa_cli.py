@@ -95,7 +95,7 @@ def test_settings_lists_every_setting_with_its_meaning() -> None:
     assert "data = required" in output
 
 
-@pytest.mark.parametrize("command", ["world", "convert", "score", "select", "report"])
+@pytest.mark.parametrize("command", ["world", "convert", "score", "select", "sweep", "report"])
 def test_help_has_an_example(command: str) -> None:
     assert f"fifa {command}" in CliRunner().invoke(app, [command, "--help"]).output
 

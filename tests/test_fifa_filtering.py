@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +11,9 @@ import pytest
 from pair_files import columns, write_pairs
 
 from fifa.config import InputError
-from fifa.filtering import SelectConfig, SelectSummary, select
+from fifa.filtering import Method, SelectConfig, SelectSummary, select
 from fifa.scoring import ScoreConfig, score
+from fifa.selection import SELECTORS
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,54 @@ def test_a_filter_that_leaves_nothing_says_why(scored: Path, tmp_path: Path) -> 
     score(ScoreConfig(data=data, out=tmp_path / "s", reward="jpeg_compressibility"))
     with pytest.raises(InputError, match="can be kept; 3 rows: tie"):
         select(SelectConfig(scores=tmp_path / "s"))
+
+
+def test_the_deny_list_has_its_own_fate(scored: Path, tmp_path: Path) -> None:
+    captions = pq.read_table(scored / "a.parquet")["caption"].to_pylist()
+    denied = captions[0]
+    (tmp_path / "deny.txt").write_text(f"# by hand\n{denied.upper()}\n/^zxqv/\n")
+    summary, rows = keep(scored, tmp_path, k="100%", cap=0, deny=tmp_path / "deny.txt")
+    fates = pq.read_table(tmp_path / "selection.parquet")["fate"].to_pylist()
+    ties = range(3, 60, 4)
+    same = [i for i, caption in enumerate(captions) if denied.lower() in caption.lower()]
+    expected = [i for i in (*same, 5) if i not in ties and i != 8]
+    assert [i for i, fate in enumerate(fates) if fate == "on the deny list"] == sorted(expected)
+    assert summary.fates["on the deny list"] == len(expected) > 1
+    assert not set(rows) & set(expected)
+    with pytest.raises(InputError, match="cannot read the deny list"):
+        select(SelectConfig(scores=scored / "scores", deny=tmp_path / "absent.txt"))
+
+
+def test_near_copies_share_a_cap(scored: Path, tmp_path: Path) -> None:
+    table = scores(scored)
+    vectors = np.load(next((scored / "scores").glob("embeddings-*.npy"))).astype(np.float64)
+    prompt = dict(zip(table["row"], table["prompt_id"], strict=True))
+    _, apart = keep(scored, tmp_path / "1", k="100%", cap=1)
+    _, rows = keep(scored, tmp_path / "2", k="100%", cap=1, near=1.0)
+    assert 1 < len(rows) < len(apart)
+    leaders: list[int] = []  # the rule, prompt by prompt
+    leader = []
+    for p, z in enumerate(vectors):
+        led = next((q for q in leaders if np.linalg.norm(vectors[q] - z) < 1.0), p)
+        leaders += [p] if led == p else []
+        leader.append(led)
+    groups = {leader[prompt[r]] for r in apart}
+    assert sorted(leader[prompt[r]] for r in rows) == sorted(groups)
+
+
+def test_every_method_is_reported_and_what_is_too_dear_is_named(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(scored, tmp_path, k=10)
+    told = json.loads((tmp_path / "selection.json").read_text())
+    assert set(told["objective"]) == set(SELECTORS) == set(get_args(Method))
+    assert told["not_compared"] == {}
+    monkeypatch.setattr("fifa.selection.BUDGET", 1e4)
+    keep(scored, tmp_path, k=10, method="greedy")
+    told = json.loads((tmp_path / "selection.json").read_text())
+    assert "greedy" in told["objective"]  # the chosen one always is
+    assert "facility_location" in told["not_compared"]
+    assert set(told["objective"]) | set(told["not_compared"]) == set(SELECTORS)
 
 
 @pytest.mark.parametrize("k", ["half", "0%", "-1", 0])

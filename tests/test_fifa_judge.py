@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fifa.config import InputError
@@ -75,6 +75,7 @@ def test_accents_do_not_count_as_noise() -> None:
     assert surprise("café") == surprise("cafe")
 
 
+@settings(deadline=None)  # the first call reads the vocabulary
 @given(st.text())
 def test_any_text_gets_a_score_in_range(text: str) -> None:
     (answer,) = HeuristicJudge().score([text])
@@ -152,7 +153,7 @@ def test_the_cache_survives_another_reader(tmp_path: Path) -> None:
 def test_an_unknown_judge_is_one_sentence(spec: str, part: str) -> None:
     with pytest.raises(InputError, match=part):
         load_judge(spec)
-    assert load_judge("heuristic").name == "heuristic:v2"
+    assert load_judge("heuristic").name == "heuristic:v3"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,40 @@ def test_defects_of_real_prompts_are_named(prompt: str, reason: str, most: float
     assert answer.score is not None
     assert reason in answer.reason
     assert answer.score <= most
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        (
+            "an old fisherman mends a torn net on a wooden pier at sunrise, boats in the mist",
+            "an old fisherman on a pier",
+        ),
+        ("a fox that sleeps under the snow by a frozen river", "fox, sleep, snow, frozen, river"),
+        ("a brass lamp on a desk in the rain", "a brass lamp on a desk, masterpiece, 8k, hdr"),
+        ("a brass lamp on a desk in the rain", "you see a brass lamp on a desk in the rain"),
+        (
+            "a tall ship in a heavy storm at sea by turner",
+            "a ship at sea by turner and klimt and mucha and rembrandt",
+        ),
+    ],
+)
+def test_of_prompts_without_fault_the_one_that_describes_more_ranks_higher(
+    better: str, worse: str
+) -> None:
+    high, low = scores([better, worse])
+    assert 10 >= high > low > 9
+
+
+def test_of_two_bad_prompts_one_is_still_worse() -> None:
+    prompts = ["gore zxcvbnm kicks", "gore and a clown kicks a ball", "a pool of gore on a floor"]
+    worst, worse, bad = scores(prompts)
+    assert 0 < worst < worse < bad < 3
+
+
+@pytest.mark.parametrize("prompt", ["kiyohime geisha", "icbm on a launch pad"])
+def test_one_name_or_acronym_is_no_gibberish(prompt: str) -> None:
+    assert "gibberish" not in HeuristicJudge().score([prompt])[0].reason
 
 
 def test_the_vocabulary_is_that_of_clip_itself() -> None:

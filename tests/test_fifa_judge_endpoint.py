@@ -340,7 +340,8 @@ def test_a_wait_beyond_all_patience_ends_the_pass() -> None:
 def test_requests_keep_the_rate() -> None:
     with serving(says("6")) as server:
         ask(server, *map(str, range(9)), requests_per_second=40, concurrency=4)
-    assert server.times[-1] - server.times[0] >= 8 / 40 * 0.95
+    # the first request may be late to arrive, by as much as the machine is busy
+    assert server.times[-1] - server.times[0] >= 8 / 40 * 0.8
 
 
 def test_requests_run_together_but_not_more_than_allowed() -> None:

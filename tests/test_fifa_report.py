@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 from pair_files import columns, write_pairs
@@ -14,9 +15,12 @@ from pair_files import columns, write_pairs
 from fifa.config import InputError
 from fifa.filtering import SelectConfig, select
 from fifa.images import decode
+from fifa.knn import knn_distances
 from fifa.report import (
+    Bar,
     Card,
     Picture,
+    html_bars,
     html_images,
     html_number,
     html_page,
@@ -25,6 +29,7 @@ from fifa.report import (
     html_tiles,
     write_report,
 )
+from fifa.report.prompt_map import html_map, prompt_map
 from fifa.scoring import ScoreConfig, score
 
 VOID = {"meta", "img", "br"}
@@ -104,11 +109,182 @@ def test_the_same_numbers_are_there_as_json(folder: Path) -> None:
     assert (
         numbers["terms"]["margin"]["kept"]["median"] > numbers["terms"]["margin"]["all"]["median"]
     )
+    margins = numbers["histograms"]["margin"]
+    widths = np.diff(margins["edges"])
+    assert widths @ margins["all"] == pytest.approx(1)
+    assert widths @ margins["kept"] == pytest.approx(1)
     for value in (
         *numbers["objective"]["random"].values(),
         numbers["terms"]["margin"]["all"]["95%"],
     ):
         assert html_number(value) in text
+
+
+def test_every_number_of_the_page_is_in_the_json(folder: Path) -> None:
+    """What a reader sees as a number, in tables, tiles and bars, can be read from report.json."""
+    text = write_report(folder).read_text()
+    numbers = json.loads((folder / "report.json").read_text())
+    known = set(every_number(numbers))
+    told = {html_number(value) for value in known} | {f"{value:.1%}" for value in known}
+    total = sum(numbers["fates"].values())
+    told |= {f"{count / total:.1%}" for count in numbers["fates"].values()}
+    told |= {html_number(total), "–", ""}
+    cells = re.findall(r'<td class="num">([^<]*)</td>|<b>([^<]+)</b>', text)
+    cells += re.findall(r'<span class="(?:num|share)">([^<]*)</span>()', text)
+    assert len(cells) > 80
+    assert {a or b for a, b in cells} <= told
+
+
+def every_number(value: object) -> list[float]:
+    """All numbers inside a JSON value."""
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in every_number(inner)]
+    if isinstance(value, list):
+        return [number for inner in value for number in every_number(inner)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def test_agreement_by_margin_is_told_with_intervals(folder: Path) -> None:
+    """Quarters of the 29 strict pairs by |margin|, counted here from the score table."""
+    text = Balanced(write_report(folder).read_text()).text
+    margin = pq.read_table(folder / "scores.parquet")["margin"].drop_null().to_numpy()
+    ordered = margin[np.argsort(np.abs(margin), kind="stable")]
+    parts = [ordered[:7], ordered[7:14], ordered[14:22], ordered[22:]]
+    measured = json.loads((folder / "report.json").read_text())["agreement_by_margin"]
+    assert measured["strict"] == len(margin) == 29
+    for part, quarter in zip(parts, measured["quarters"], strict=True):
+        right = ((part > 0) + 0.5 * (part == 0)).mean()
+        assert quarter["agreement"]["value"] == pytest.approx(right)
+        low, high = (
+            proportion_limit(right, len(part), side) for side in (-1.959963985, 1.959963985)
+        )
+        assert quarter["agreement"]["low"] == pytest.approx(low)
+        assert f"{low:.1%} to {high:.1%}" in text
+    assert "Of 29 pairs in which a person preferred one picture (10 ties left out)" in text
+
+
+def proportion_limit(p: float, n: int, z: float) -> float:
+    """The p0 from which p lies z standard errors of p0 away: Wilson's limits are its roots."""
+    from scipy.optimize import brentq
+
+    def off(p0: float) -> float:
+        return (p0 - p) - z * np.sqrt(p0 * (1 - p0) / n)
+
+    return p if abs(p - (z > 0)) < 1e-12 else brentq(off, p, 1.0 if z > 0 else 0.0)
+
+
+def test_the_effect_of_each_weight_is_that_of_selecting_by_it(folder: Path, tmp_path: Path) -> None:
+    write_report(folder)
+    rows = json.loads((folder / "report.json").read_text())["weights"]
+    assert [(row["alpha"], row["gamma"]) for row in rows] == [
+        (0.5, 0.5), (0, 0.5), (1, 0.5), (0.5, 0), (0.5, 1), (0, 0)
+    ]  # fmt: skip
+    kept = []
+    for row in rows:
+        weights = {"alpha": row["alpha"], "gamma": row["gamma"]}
+        select(SelectConfig(scores=folder, k=6, cap=0, out=tmp_path, **weights))
+        fates = pq.read_table(tmp_path / "selection.parquet")["fate"].to_pylist()
+        kept.append({i for i, fate in enumerate(fates) if fate == "kept"})
+    for row, chosen in zip(rows, kept, strict=True):
+        assert row["overlap"] == len(chosen & kept[0]) / len(chosen | kept[0])
+    text = Balanced((folder / "report.html").read_text()).text
+    exchanged = len(kept[-1] - kept[0])
+    assert exchanged
+    assert f"{exchanged} ({exchanged / 6:.0%})" in text
+
+
+def test_the_map_holds_every_prompt_once_and_escapes_it(folder: Path) -> None:
+    text = write_report(folder).read_text()
+    numbers = json.loads((folder / "report.json").read_text())
+    points = numbers["map"]["points"]
+    assert len(points) == len({point["prompt_id"] for point in points})
+    assert len(points) == numbers["map"]["kept"] + numbers["map"]["not_kept"]
+    assert sum(point["kept"] for point in points) == numbers["prompts"]["kept"]
+    drawn = text[text.index('<svg class="map"') :]
+    drawn = drawn[: drawn.index("</svg>")]
+    assert drawn.count("<circle") == len(points)
+    assert drawn.count("class=marked") == numbers["prompts"]["kept"]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in drawn
+    by_id = {point["prompt_id"]: point["prompt"] for point in points}
+    scores = pq.read_table(folder / "scores.parquet", columns=["row", "prompt_id"]).to_pylist()
+    captions = pq.read_table(folder.parent / "a.parquet")["caption"].to_pylist()
+    for score_row in reversed(scores):
+        first = next(s["row"] for s in scores if s["prompt_id"] == score_row["prompt_id"])
+        assert by_id[score_row["prompt_id"]] == captions[first]
+
+
+def test_a_map_puts_near_prompts_near_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tight clusters: the nearest on paper belongs to the same one."""
+    monkeypatch.setattr("fifa.report.prompt_map.KEPT_SHOWN", 40)
+    monkeypatch.setattr("fifa.report.prompt_map.OTHERS_SHOWN", 80)
+    rng = np.random.default_rng(0)
+    centres = np.eye(8)[:3]
+    x = np.repeat(centres, 50, axis=0) + rng.normal(0, 0.03, (150, 8))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    kept = np.arange(150) % 3 == 0
+    found = prompt_map(x, kept)
+    assert (found.kept_of, found.others_of) == (50, 100)
+    assert (int(found.kept.sum()), int((~found.kept).sum())) == (40, 80)
+    assert np.array_equal(found.kept, kept[found.prompt])
+    cluster = found.prompt // 50
+    gaps = np.linalg.norm(found.place[:, None] - found.place[None], axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    assert (cluster[gaps.argmin(axis=1)] == cluster).mean() > 0.99
+    shown = x[found.prompt]
+    np.testing.assert_allclose(found.distance, knn_distances(shown, 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(shown - shown[found.nearest], axis=1), found.distance, rtol=1e-4
+    )
+    assert np.array_equal(prompt_map(x, kept).place, found.place)
+    assert found.place.min() >= 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 11, 12])
+def test_a_few_prompts_have_a_map_too(count: int) -> None:
+    x = np.eye(12, dtype=np.float32)[:count]
+    found = prompt_map(x, np.arange(count) == 0)
+    assert np.isfinite(found.place).all()
+    assert len(np.unique(found.place, axis=0)) == count
+    svg = Balanced(html_map(found, [f"prompt <{i}>" for i in range(count)]))
+    assert "prompt <0>" in svg.text
+
+
+def test_equal_prompts_still_have_a_map() -> None:
+    x = np.tile(np.eye(4, dtype=np.float32)[:1], (20, 1))
+    assert np.isfinite(prompt_map(x, np.arange(20) < 3).place).all()
+
+
+def test_bars_show_counts_and_shares() -> None:
+    text = html_bars([Bar("kept <1>", 1, True), Bar("gone", 3)])
+    assert "kept <1>" in Balanced(text).text
+    assert re.findall(r'<i( class=marked)? style="width:([\d.]+)%">', text) == [
+        (" class=marked", "25.00"),
+        ("", "75.00"),
+    ]
+    assert "25.0%" in text
+    assert "NaN" not in html_bars([Bar("nothing", 0)])
+
+
+@pytest.mark.parametrize("changed", [{"k": 1}, {"k": "100%", "method": "random"}])
+def test_one_pair_and_all_pairs_have_a_page_too(
+    folder: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    """A single pair has no entropy, a choice by chance no weights; they lie beside the scores."""
+    select(SelectConfig(scores=folder, out=tmp_path, **changed))
+    text = Balanced(write_report(tmp_path, examples=1).read_text()).text
+    numbers = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert (numbers["objective"]["margin"]["f"] is None) == (changed["k"] == 1)
+    assert "kept the same pairs each time" in text
+    assert sum(point["kept"] for point in numbers["map"]["points"]) == numbers["prompts"]["kept"]
+
+
+def test_a_selection_of_another_version_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    select(SelectConfig(scores=folder, out=tmp_path, k=2))
+    summary = json.loads((tmp_path / "selection.json").read_text())
+    summary["settings"]["temperature"] = 3
+    (tmp_path / "selection.json").write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="run `fifa select` again"):
+        write_report(tmp_path)
 
 
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:

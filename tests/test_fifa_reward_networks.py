@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from pair_files import write_pairs
 from PIL import Image
+from tiny_pipelines import clip_tokenizer
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from typer.testing import CliRunner
@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from fifa.cli import app
 from fifa.config import InputError
 from fifa.images import to_batch
-from fifa.rewards import REWARDS, describe_rewards, load_reward, score_images
+from fifa.rewards import REWARDS, describe_rewards, load_reward, score_images, score_pictures
 from fifa.rewards.blip import MEAN, STD
 from fifa.rewards.network import linear_head, weights_version
 from fifa.rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocess
@@ -91,7 +91,7 @@ def tiny_clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder = tmp_path_factory.mktemp("pickscore")
-    tokenizer = tiny_tokenizer(folder / "vocabulary")
+    tokenizer = clip_tokenizer(folder / "vocabulary")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, **ids}
@@ -393,6 +393,30 @@ def test_scores_do_not_depend_on_the_batch(name: str, make: Callable[..., Any]) 
     torch.testing.assert_close(together, split, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert make(name)(images[:0], []).shape == (0,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prepared_pictures_score_to_the_bit_as_a_call_does(
+    name: str, make: Callable[..., Any]
+) -> None:
+    reward = make(name, batch=2)
+    images = pictures()
+    prepared = [reward.prepare(image) for image in images]
+    called = score_images(reward, to_batch(images), PROMPTS)
+    assert torch.equal(score_pictures(reward, prepared, PROMPTS), called)
+    mixed = [images[0], *pictures(32, 32, 1), *pictures(20, 33, 1)]  # of one shape when prepared
+    together = score_pictures(reward, [reward.prepare(image) for image in mixed], PROMPTS)
+    alone = [reward(to_batch([i]), [p]) for i, p in zip(mixed, PROMPTS, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="it must be float32"):
+        score_pictures(reward, prepared[:2], PROMPTS)
+
+
+def test_a_picture_too_narrow_to_be_resized_is_refused() -> None:
+    narrow = np.zeros((2, 9000, 3), np.uint8)
+    assert Preprocess(224, fit="pad").square(narrow).shape == (224, 224, 3)
+    with pytest.raises(InputError, match="9000 x 2 pixels is too narrow"):
+        Preprocess(224).square(narrow)
 
 
 @pytest.mark.parametrize("name", NAMES)

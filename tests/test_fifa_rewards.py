@@ -34,7 +34,7 @@ def images(n: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 PROMPTS = ["a", "b", "c", "d"]
-PUBLISHED = {"pickscore", "hpsv2", "hpsv2.1", "imagereward", "clip", "aesthetic"}
+PUBLISHED = {"fitted", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "clip", "aesthetic"}
 
 
 # Those whose weights are published elsewhere are in test_fifa_reward_networks.py.

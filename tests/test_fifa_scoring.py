@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 from fifa.config import InputError
 from fifa.images import decode, encode_jpeg
 from fifa.judge import HeuristicJudge
-from fifa.scoring import SCORES, ScoreConfig, score
+from fifa.scoring import SCORES, ScoreConfig, read_manifest, score
 
 
 def run(data: Path, out: Path, **options: Any) -> Any:
@@ -224,6 +224,21 @@ def test_another_embedding_keeps_the_scores(tmp_path: Path) -> None:
     assert summary.resumed == 40
     assert before["log_knn"] != after["log_knn"]
     assert before["reward_0"] == after["reward_0"]
+
+
+def test_how_neighbours_were_found_is_in_the_manifest(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "a.parquet")
+    run(data, tmp_path / "out")
+    exact = table(tmp_path / "out")["log_knn"]
+    told = read_manifest(tmp_path / "out")["prompts"]
+    assert (told["index"], told["recall"], told["effort"]) == ("exact", 1.0, 0)
+    for index in ("ivf", "hnsw"):
+        run(data, tmp_path / "out", index=index)
+        told = read_manifest(tmp_path / "out")["prompts"]
+        assert told["index"] == index
+        assert 0.9 <= told["recall"] <= 1
+        assert told["effort"] >= 1
+        np.testing.assert_array_less(exact, np.add(table(tmp_path / "out")["log_knn"], 1e-6))
 
 
 def test_hidden_truth_changes_nothing(tmp_path: Path) -> None:

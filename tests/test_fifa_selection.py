@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,15 @@ from fifa.selection import (
     NORMS,
     SELECTORS,
     Terms,
-    greedy,
+    affordable,
+    facility_location,
     importance,
+    k_centre,
+    lazy_greedy,
     make_terms,
     objective,
     parse_count,
+    stochastic_greedy,
     top_k,
 )
 
@@ -129,31 +136,119 @@ def slow_greedy(terms: Terms, k: int, cap: int | None) -> list[int]:
     """Try every pair at every step and compute F anew."""
     picks: list[int] = []
     while len(picks) < k:
-        same = np.bincount(terms.prompt[picks], minlength=len(terms.vectors))[terms.prompt]
-        open_ = [i for i in range(len(terms)) if i not in picks and (cap is None or same[i] < cap)]
-        if not open_:
+        used = Counter(terms.groups[picks].tolist())
+        free = {i for i in range(len(terms)) if cap is None or used[int(terms.groups[i])] < cap}
+        if not (open_ := sorted(free - set(picks))):
             break
-        picks.append(max(open_, key=lambda i: (round(total([*picks, i], terms), 6), -i)))
+        gain = gains_of(open_, picks, terms)
+        picks.append(max(open_, key=lambda i: (gain[i], -i)))
     return picks
 
 
+def gains_of(pairs: Iterable[int], picks: list[int], terms: Terms) -> dict[int, float]:
+    """How much each pair adds to F."""
+    before = total(picks, terms) if picks else 0.0
+    return {i: round(total([*picks, i], terms) - before, 6) for i in pairs}
+
+
 @pytest.mark.parametrize("cap", [None, 1, 2])
-def test_greedy_against_its_definition(cap: int | None) -> None:
-    terms = world(n=90, prompts=30, gamma=1.5)
-    assert greedy(terms, 40, cap).tolist() == slow_greedy(terms, 40, cap)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.5, 20.0])
+def test_lazy_greedy_against_the_definition(cap: int | None, gamma: float) -> None:
+    for seed in range(2):
+        terms = world(n=70, prompts=30, seed=seed, gamma=gamma)
+        assert lazy_greedy(terms, 40, cap).tolist() == slow_greedy(terms, 40, cap)
+
+
+def corners(seed: int) -> Terms:
+    """Vectors with entries of +-1/4 and few values: distances are exact and many gains are equal.
+
+    Some prompts have the same vector, in every second data set some share a group.
+    """
+    rng = np.random.default_rng(seed)
+    prompts, n = 24, 60
+    z = rng.choice([-0.25, 0.25], size=(prompts, 16)).astype(np.float32)
+    z[::5] = z[0]
+    prompt = rng.integers(prompts, size=n)
+    return make_terms(
+        win=rng.integers(3, size=n).astype(float),
+        lose=np.zeros(n),
+        quality=rng.integers(2, size=n).astype(float),
+        log_knn=rng.normal(size=n),
+        prompt=prompt,
+        vectors=z,
+        gamma=0.7,
+        group=(prompt // 2) if seed % 2 else None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lazy_greedy_breaks_ties_as_the_definition_does(seed: int) -> None:
+    terms = corners(seed)
+    for cap in (None, 1, 3):
+        assert lazy_greedy(terms, 30, cap).tolist() == slow_greedy(terms, 30, cap)
+
+
+def eager_greedy(terms: Terms, k: int) -> list[int]:
+    """Exact greedy for one pair a prompt: all gains at every step, from a table of distances."""
+    z = terms.vectors.astype(np.float64)
+    apart = np.log(np.maximum(cdist(z, z), terms.floor))
+    own_value = terms.margin + terms.alpha * terms.quality
+    picks: list[int] = []
+    own = np.empty(0)
+    while len(picks) < k:
+        near = apart[picks].min(axis=0, initial=np.log(2))
+        harm = np.minimum(0, apart[picks] - own[:, None]).sum(axis=0)
+        gains = own_value + terms.gamma / terms.spread * (near + harm - terms.centre)
+        gains[picks] = -np.inf
+        best = int(np.round(gains, 6).argmax())
+        own = np.append(np.minimum(own, apart[picks, best]), near[best])
+        picks.append(best)
+    return picks
+
+
+@pytest.mark.parametrize("gamma", [0.2, 1.0, 5.0])
+def test_lazy_greedy_stays_exact_when_most_prompts_are_never_looked_at(gamma: float) -> None:
+    n = 2500  # ten blocks, so that prompts enter and leave the pool
+    rng = np.random.default_rng(2)
+    centres = rng.choice([-0.125, 0.125], size=(12, 64))
+    flips = np.where(rng.random((n, 64)) < 0.2, -1, 1)
+    z = (centres[rng.integers(12, size=n)] * flips).astype(np.float32)  # distances are exact
+    terms = world(n=n, prompts=n, gamma=gamma)
+    terms = dataclasses.replace(terms, prompt=np.arange(n), vectors=z, spread=0.2)
+    assert lazy_greedy(terms, 300, 1).tolist() == eager_greedy(terms, 300)
+
+
+def test_stochastic_greedy_with_a_full_sample_is_greedy() -> None:
+    for seed in range(3):
+        terms = world(seed=seed)
+        full = stochastic_greedy(terms, 30, 1, epsilon=1e-30)
+        assert full.tolist() == lazy_greedy(terms, 30, 1).tolist()
+
+
+def test_stochastic_greedy_picks_the_best_of_each_sample() -> None:
+    terms = dataclasses.replace(world(n=120), prompt=np.arange(120))
+    k, rng = 40, np.random.default_rng(7)
+    size = int(np.ceil(120 / k * np.log(1 / 0.05)))
+    picks: list[int] = []
+    while len(picks) < k:
+        left = np.setdiff1d(np.arange(120), picks)
+        drawn = rng.choice(left, size, replace=False) if size < len(left) else left
+        gain = gains_of(drawn.tolist(), picks, terms)
+        picks.append(max(gain, key=lambda i: (gain[i], -i)))
+    assert stochastic_greedy(terms, k, 1, seed=7, epsilon=0.05).tolist() == picks
 
 
 def test_greedy_beats_one_pass_and_chance_and_nears_the_best_set() -> None:
     for seed in range(5):
         terms = world(seed=seed, gamma=1.0)
         f = {name: objective(s.choose(terms, 20, 1, 0), terms).f for name, s in SELECTORS.items()}
-        assert objective(greedy(terms, 20, 1), terms).f == f["greedy"]
+        assert objective(lazy_greedy(terms, 20, 1), terms).f == f["greedy"]
         assert f["greedy"] > f["importance"] > f["random"]
-        assert f["greedy"] == max(f.values())
+        assert f["greedy"] == max(value for name, value in f.items() if name != "stochastic")
     small = world(n=12, prompts=12, gamma=1.0)
     sets = itertools.combinations(range(12), 4)
     best = max(objective(np.array(chosen), small).f for chosen in sets)
-    assert objective(greedy(small, 4), small).f > best - 0.25
+    assert objective(lazy_greedy(small, 4), small).f > best - 0.25
 
 
 def test_the_greedy_selector_is_never_worse_than_one_pass() -> None:
@@ -186,6 +281,72 @@ def test_baselines_maximise_what_they_are_named_after() -> None:
         SELECTORS["random"].choose(terms, 10, None, 0),
         SELECTORS["random"].choose(terms, 10, None, 1),
     )
+
+
+def covered(picks: list[int], terms: Terms) -> float:
+    """The objective of facility location over all pairs, from all distances."""
+    z = terms.vectors.astype(np.float64)
+    cosine = np.maximum(0, 1 - cdist(z, z) ** 2 / 2)
+    return float(cosine[terms.prompt][:, terms.prompt[picks]].max(axis=1).sum())
+
+
+def test_facility_location_against_a_plain_greedy_and_its_bound() -> None:
+    terms = world(n=60, prompts=40)  # fewer than the neighbours that are kept: nothing is cut off
+    own_value = terms.margin + terms.alpha * terms.quality
+    picks: list[int] = []
+    while len(picks) < 8:
+        open_ = [i for i in range(60) if terms.prompt[i] not in terms.prompt[picks]]
+        value = {i: covered([*picks, i], terms) for i in open_}
+        equal = [i for i in open_ if value[i] > max(value.values()) - 1e-6]
+        picks.append(max(equal, key=lambda i: own_value[i]))
+    assert facility_location(terms, 8, 1).tolist() == picks
+    small = world(n=12, prompts=12)
+    best = max(covered(list(s), small) for s in itertools.combinations(range(12), 3))
+    assert covered(facility_location(small, 3, None).tolist(), small) >= (1 - 1 / np.e) * best
+
+
+def test_k_centre_takes_the_farthest_and_is_within_twice_the_best_radius() -> None:
+    terms = world(n=900, prompts=800)
+    z = terms.vectors[terms.prompt].astype(np.float64)
+    chosen = k_centre(terms, 25, 1)
+    assert chosen[0] == (terms.margin + terms.alpha * terms.quality).argmax()
+    for i in range(1, 25):
+        apart = cdist(z, z[chosen[:i]]).min(axis=1)
+        assert apart[chosen[i]] == pytest.approx(apart.max(), abs=1e-3)
+    small = world(n=14, prompts=14)
+    z = small.vectors[small.prompt].astype(np.float64)
+    apart = cdist(z, z)
+    best = min(apart[:, list(s)].min(axis=1).max() for s in itertools.combinations(range(14), 3))
+    assert apart[:, k_centre(small, 3, None)].min(axis=1).max() <= 2 * best + 1e-6
+
+
+@pytest.mark.parametrize("name", ["facility_location", "k_centre"])
+def test_coverage_takes_the_best_pair_of_a_prompt_and_then_the_best_of_all(name: str) -> None:
+    terms = world(n=200, prompts=50)
+    own = terms.margin + terms.alpha * terms.quality
+    best = {p: own[terms.prompt == p].max() for p in set(terms.prompt.tolist())}
+    chosen = SELECTORS[name].choose(terms, 200, None, 0)
+    assert sorted(own[chosen[: len(best)]]) == sorted(best.values())
+    assert (np.diff(own[chosen[len(best) :]]) <= 0).all()
+    assert len(set(chosen.tolist())) == 200
+
+
+def test_a_cap_counts_a_group_of_near_copies_once() -> None:
+    plain = world()
+    terms = dataclasses.replace(plain, group=plain.prompt // 4)
+    for name, selector in SELECTORS.items():
+        chosen = selector.choose(terms, 50, 1, 0)
+        assert np.bincount(terms.prompt[chosen] // 4).max() == 1, name
+        assert len(chosen) == len(set((terms.prompt // 4).tolist())), name
+
+
+def test_what_is_too_dear_says_so() -> None:
+    terms = world()
+    assert [name for name in SELECTORS if affordable(name, terms, 50)] == []
+    huge = dataclasses.replace(terms, vectors=np.broadcast_to(np.float32(1), (10**6, 768)))
+    assert affordable("margin", huge, 5000) is None
+    for name, k in (("facility_location", 5000), ("greedy", 50_000), ("margin", 10**6)):
+        assert "more than 2e+13" in (affordable(name, huge, k) or "")
 
 
 def test_pair_ranking_by_hand() -> None:

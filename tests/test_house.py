@@ -25,11 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
-        " | selection, bench | scoring, filtering, report | __init__ | cli | __main__"
+        " | features | selection, bench, denylist | proxies | scoring, filtering, sweep, report"
+        " | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule | sampling | likelihood, objectives | families | generate | policy"
-        " | run, health | trainer | offline, held_out, online, evaluate, annotate, export"
+        "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
+        " | updates | losses | families | generate | policy | run, health | trainer, reference"
+        " | offline, held_out, online, evaluate, annotate, export"
         " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
     ),
 }
@@ -64,7 +66,7 @@ SEEDERS = {
 }
 WEIGHT_LIMITS = {"d3po/mini_sd/weights": 25_000_000, "fifa/rewards/weights": 8_000_000}  # bytes
 # what the packages may import beyond install_requires: features that a user asks for by name
-OPTIONAL_EXTRAS = ("trackers", "hub", "xformers")
+OPTIONAL_EXTRAS = ("trackers", "hub", "ray", "sentence", "xformers", "bitsandbytes")
 # import name -> the package that setup.cfg asks for, where the two differ
 PROVIDED_BY = {
     "PIL": "pillow",

@@ -41,7 +41,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
     pictures = [output for output in _outputs(notebook) if "image/png" in output.get("data", {})]
     assert len(pictures) >= 6  # the pairs, kept, dropped, two comparisons, the painted ones
     assert (tmp_path / "out" / "dpo" / "weights" / "pytorch_lora_weights.safetensors").is_file()

@@ -69,11 +69,9 @@ class Verdicts:
             if lost:
                 found.append(Complaint("exploited", _exploited(proxy, result, lost)))
         pair = row["pixel_diversity"]
-        return [
-            *found,
-            *collapse(pair["policy"], pair["reference"], self.config.diversity),
-            *self._tone(row),
-        ]
+        if None not in pair.values():  # a single picture a prompt has no distance
+            found += collapse(pair["policy"], pair["reference"], self.config.diversity)
+        return found + self._tone(row)
 
     def _tone(self, row: Mapping[str, Any]) -> list[Complaint]:
         moved = [

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d3po.families import MINI, first_line
+from d3po.families import MINI
+from d3po.families.pipeline import first_line
 from d3po.policy import PolicyConfig
 from fifa.config import InputError
 

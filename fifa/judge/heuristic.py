@@ -24,11 +24,16 @@ class HeuristicJudge:
     """Offline fallback, no LLM: starts at 10 and takes off for what wild prompts suffer from.
 
     Words that are none, addresses, other scripts (which it cannot read), symbols, repetition, too
-    few or too many words, talk, praise in place of content, and words of harm. Each deduction is a
+    few or too many words, talk, praise in place of content, and words of harm; and a little for
+    saying less than it could, which orders the many that have no fault. Each deduction is a
     function below; the reason lists those that applied.
+
+        score = 10 prod(1 - deduction / 10)
+
+    so a fault takes its share of what the others left, and of two bad prompts one is still worse.
     """
 
-    name = "heuristic:v2"
+    name = "heuristic:v3"
 
     def score(self, prompts: Sequence[str]) -> list[Quality]:
         """Judge each prompt by itself; never None."""
@@ -39,7 +44,7 @@ def _judge(prompt: str) -> Quality:
     text = unicodedata.normalize("NFKC", prompt)
     deductions = [(points(text), why) for why, points in _DEDUCTIONS.items()]
     found = [(points, why) for points, why in sorted(deductions, reverse=True) if points >= 0.05]
-    score = max(0.0, 10.0 - sum(points for points, _ in found))
+    score = 10.0 * math.prod(1 - points / 10 for points, _ in deductions)
     reason = ", ".join(f"{why} -{points:.1f}" for points, why in found)
     return Quality(round(score, 3), reason or "nothing to object")
 
@@ -112,17 +117,22 @@ def _symbols(text: str) -> float:
 def _gibberish(text: str) -> float:
     """Words that are no words and do not run like some: a share of the letters beyond a seventh.
 
-    What stands after "by" is taken for a name, which may run more freely.
+    What stands after "by" is taken for a name, and so is a single strange word: a name may run
+    more freely. Four letters are no evidence, they may be an acronym.
     """
-    strange = total = 0
     names = _names(text)
-    for letters, mixed in _tokens(text):
-        usual = _STRANGE_NAME if letters in names else _STRANGE
-        odd = mixed or (len(letters) > 3 and not _known(letters) and surprise(letters) > usual)
-        strange += len(letters) * odd
-        total += len(letters)
-    share = strange / total if total else 0.0
+    odd = [letters for letters, mixed in _tokens(text) if _is_odd(letters, mixed, names)]
+    if len(odd) == 1 and surprise(odd[0]) <= _STRANGE_NAME:
+        return 0.0
+    strange = sum(map(len, odd))
+    total = sum(len(letters) for letters, _ in _tokens(text))
+    share = strange / total if strange > 4 else 0.0
     return 8.0 * min(1.0, max(0.0, share - 0.15) / 0.45)
+
+
+def _is_odd(letters: str, mixed: bool, names: frozenset[str]) -> bool:
+    usual = _STRANGE_NAME if letters in names else _STRANGE
+    return mixed or (len(letters) > 3 and not _known(letters) and surprise(letters) > usual)
 
 
 _AUTHOR = re.compile(r"\b(?:by|and) ((?:(?!and )[a-z]+ ?){1,3})")
@@ -182,6 +192,46 @@ def _long(text: str) -> float:
     return min(3.0, max(0, len(_words(text)) - 60) / 20)
 
 
+def _unspecific(text: str) -> float:
+    """Up to 0.3 points for naming fewer than 40 different things, on a logarithmic scale.
+
+    Praise is no thing, and neither is an artist: a row of them shows nothing.
+    """
+    words = _words(_PRAISE.sub(" ", _without_artists(text)))
+    known = sum(len(word) > 2 and _known(word) for word in {*words} - _SMALL_WORDS)
+    return 0.3 * max(0.0, 1 - math.log1p(known) / math.log1p(40))
+
+
+_ARTISTS = re.compile(
+    r"\bby (?!an? |the )(?:(?!and )[a-z]+ ?){1,3}(?:and (?:(?!and )[a-z]+ ?){1,3})*"
+)
+
+
+@lru_cache(maxsize=4)
+def _without_artists(text: str) -> str:
+    """The text in plain letters, without "by one" and "by one and another"."""
+    return _ARTISTS.sub(" ", _plain(text))
+
+
+def _list_of_words(text: str) -> float:
+    """Up to 0.3 points for words in a row that no small word ties together."""
+    words = _words(_without_artists(text))
+    small = sum(word in _SMALL_WORDS for word in words)
+    return 0.3 * max(0.0, 1 - small / len(words) / 0.35) if words else 0.0
+
+
+def _persons(text: str) -> float:
+    """0.3 points for "I" and "you": somebody is told something, instead of a picture described."""
+    return 0.3 * any(word in _SPEAKERS for word in _words(text))
+
+
+def _some_praise(text: str) -> float:
+    """Up to 0.3 points for praise and the names of renderers, however much content is beside."""
+    words = len(_words(text))
+    praise = sum(len(_words(match)) for match in _PRAISE.findall(text))
+    return 0.3 * min(1.0, praise / words / 0.35) if words else 0.0
+
+
 _DEDUCTIONS: dict[str, Callable[[str], float]] = {
     "harmful words": _harm,
     "aggressive words": _aggression,
@@ -195,6 +245,10 @@ _DEDUCTIONS: dict[str, Callable[[str], float]] = {
     "mostly praise": _praise,
     "hardly any words": _vague,
     "too long": _long,
+    "says little": _unspecific,
+    "a list of words": _list_of_words,
+    "some praise": _some_praise,
+    "speaks to somebody": _persons,
 }
 
 # Words that ask for harm as such, nudity and sex included. A list cannot understand, only catch the
@@ -233,7 +287,10 @@ _PRAISE = re.compile(
     r"|trending on \w+|uhd|ultra ?realistic|unreal engine(?: \d)?|octane render)\b",
     re.IGNORECASE,
 )
-_SMALL_WORDS = frozenset(["a", "an", "and", "at", "by", "in", "is", "of", "on", "or", "the", "to"])
+_SMALL_WORDS = frozenset(["a", "an", "her", "his", "is", "its", "that", "the", "their", "who"])
+_SMALL_WORDS |= {"and", "as", "at", "by", "from", "in", "into", "of", "on", "or", "over"}
+_SMALL_WORDS |= {"to", "under", "while", "with"}
+_SPEAKERS = frozenset(["i", "me", "my", "you", "your", "we", "us", "our"])
 
 # ---- words, as far as the vocabulary of CLIP's text encoder tells --------------------------------
 

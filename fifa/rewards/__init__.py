@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from fifa.config import InputError, unknown
+from fifa.images import Pixels, to_batch
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,22 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparingReward(Reward, Protocol):
+    """A reward whose pictures can be made ready in other threads while it scores.
+
+    `score_prepared` of prepared pictures gives what a call on the pictures themselves does.
+    """
+
+    def prepare(self, hwc: Pixels) -> Pixels:
+        """A picture of any size as this reward wants it; all results have one shape."""
+        ...
+
+    def score_prepared(self, pictures: Sequence[Pixels], prompts: Sequence[str]) -> torch.Tensor:
+        """Score N prepared pictures under N prompts, float32 (N,)."""
+        ...
+
+
 REWARDS: dict[str, str] = {
     "pickscore": "fifa.rewards.pickscore:PickScore",
     "hpsv2": "fifa.rewards.hps:HPSv2",
@@ -47,6 +64,7 @@ REWARDS: dict[str, str] = {
     "clip": "fifa.rewards.clip:ClipScore",
     "aesthetic": "fifa.rewards.aesthetic:Aesthetic",
     "mini": "fifa.rewards.mini:MiniReward",
+    "fitted": "fifa.rewards.fitted:FittedReward",
     "oracle": "fifa.rewards.miniworld:OracleReward",
     "oracle_strict": "fifa.rewards.miniworld:StrictOracleReward",
     "neatness": "fifa.rewards.miniworld:NeatnessReward",
@@ -142,14 +160,26 @@ def score_images(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -
     Raises InputError when the inputs do not fit together or a score is not finite, and its
     BrokenRewardError when the reward returns another shape or type.
     """
-    import torch
-
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
         raise InputError(
             f"a reward needs images (N, 3, H, W) and N prompts, "
             f"got {tuple(images.shape)} and {len(prompts)} prompts"
         )
-    scores = reward(images, prompts)
+    return _checked(reward, reward(images, prompts), prompts)
+
+
+def score_pictures(
+    reward: Reward, pictures: Sequence[Pixels], prompts: Sequence[str]
+) -> torch.Tensor:
+    """`score_images` of uint8 pictures (H, W, 3) of one size, prepared ones if it prepares."""
+    if isinstance(reward, PreparingReward):
+        return _checked(reward, reward.score_prepared(pictures, prompts), prompts)
+    return score_images(reward, to_batch(pictures), prompts)
+
+
+def _checked(reward: Reward, scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    import torch
+
     if scores.shape != (len(prompts),) or scores.dtype != torch.float32:
         raise BrokenRewardError(
             f"reward '{reward.name}' returned {scores.dtype} {tuple(scores.shape)}, "

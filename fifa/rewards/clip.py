@@ -31,9 +31,10 @@ class DualEncoder(NetworkReward):
     tokenize: Callable[[Sequence[str]], torch.Tensor]
 
     def _score(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        tokens = self.tokenize(prompts).to(pixels.device)  # cut to the context, end token kept
+        distinct, places = once_each(prompts)
+        tokens = self.tokenize(distinct).to(pixels.device)  # cut to the context, end token kept
         image = self.network.encode_image(pixels).float()
-        text = self.network.encode_text(tokens).float()
+        text = self.network.encode_text(tokens).float()[places]
         return self.scale * cosine(image, text)
 
 
@@ -57,6 +58,13 @@ class ClipScore(DualEncoder):
     ) -> None:
         model, self.tokenize, pixels = load_open_clip(str(path), self.name)
         self._set(model.to(precision(dtype, self.name)), pixels, batch)
+
+
+def once_each(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The distinct prompts, and which of them each is: the pictures of a pair share one."""
+    distinct = list(dict.fromkeys(prompts))
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    return distinct, [place[prompt] for prompt in prompts]
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

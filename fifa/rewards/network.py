@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from fifa.config import InputError, fingerprint
+from fifa.images import Pixels
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +68,27 @@ class NetworkReward(ABC):
                 pixels = self.pixels(images[start:stop]).to(weight.device, weight.dtype)
                 scores = self._score(pixels, list(prompts[start:stop]))
                 parts.append(scores.float().to(images.device))
+        return torch.cat(parts)
+
+    def prepare(self, hwc: Pixels) -> Pixels:
+        """A picture (H, W, 3) resized and cut to the square (size, size, 3) that the network sees.
+
+        What is left for `score_prepared` is arithmetic. Any thread may call it.
+        """
+        return self.pixels.square(hwc)
+
+    def score_prepared(self, pictures: Sequence[Pixels], prompts: Sequence[str]) -> torch.Tensor:
+        """Scores (N,) float32 of N pictures that `prepare` returned, to the bit those of a call."""
+        import torch
+
+        weight = next(self.network.parameters())
+        parts = [torch.empty(0)]
+        with torch.no_grad():
+            for start in range(0, len(pictures), self.batch):
+                stop = start + self.batch
+                batch = torch.from_numpy(np.stack(pictures[start:stop])).to(weight.device)
+                pixels = self.pixels.normalised(batch).to(weight.dtype)
+                parts.append(self._score(pixels, list(prompts[start:stop])).float().cpu())
         return torch.cat(parts)
 
     def to(self: R, device: str) -> R:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.config import InputError
-from fifa.rewards.clip import cosine
+from fifa.rewards.clip import cosine, once_each
 from fifa.rewards.network import NetworkReward, hub_file, is_hub_id, missing, precision
 from fifa.rewards.pixels import of_transformers
 
@@ -53,8 +53,9 @@ class PickScore(NetworkReward):
         self._set(model.to(precision(dtype, self.name)), pixels, batch)
 
     def _score(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        distinct, places = once_each(prompts)
         tokens = self.tokenizer(
-            prompts,
+            distinct,
             padding=True,
             truncation=True,
             max_length=self.length,
@@ -62,7 +63,7 @@ class PickScore(NetworkReward):
         ).to(pixels.device)
         net = self.network
         image = net.visual_projection(net.vision_model(pixel_values=pixels).pooler_output)
-        text = net.text_projection(net.text_model(**tokens).pooler_output)
+        text = net.text_projection(net.text_model(**tokens).pooler_output)[places]
         return net.logit_scale.float().exp() * cosine(image.float(), text.float())
 
 

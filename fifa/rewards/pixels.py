@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, BLIP and their descendants
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MOST = 2**26  # pixels
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -50,23 +51,30 @@ class Preprocess:
         import torch
 
         if torch.is_grad_enabled() and images.requires_grad:
-            square = self._smooth(images.float())
-        else:
-            square = self._exact(images)
+            return self._scaled(self._smooth(images.float()))
+        # Through 8 bits and Pillow, which lets go of the lock while it resizes.
+        with ThreadPoolExecutor(4) as pool:
+            squares = np.stack(list(pool.map(self.square, to_uint8(images))))
+        return self.normalised(torch.from_numpy(squares).to(images.device))
+
+    def normalised(self, squares: torch.Tensor) -> torch.Tensor:
+        """What `square` returned, stacked: uint8 (N, size, size, 3), as the pixels of a call."""
+        return self._scaled(squares.permute(0, 3, 1, 2).float() / 255)
+
+    def _scaled(self, square: torch.Tensor) -> torch.Tensor:
         mean, std = (square.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (square - mean) / std
 
-    def _exact(self, images: torch.Tensor) -> torch.Tensor:
-        """Through 8 bits and Pillow, which lets go of the lock while it resizes."""
-        import torch
+    def square(self, hwc: Pixels) -> Pixels:
+        """One picture uint8 (H, W, 3) resized and cut or padded to (size, size, 3).
 
-        with ThreadPoolExecutor(4) as pool:
-            squares = np.stack(list(pool.map(self._square, to_uint8(images))))
-        batch = torch.from_numpy(squares).to(images.device).permute(0, 3, 1, 2)
-        return batch.float() / 255
-
-    def _square(self, hwc: Pixels) -> Pixels:
+        Raises InputError for one so narrow that its resized form would have MOST pixels.
+        """
         height, width = self._resized(*hwc.shape[:2])
+        if height * width > MOST:
+            raise InputError(
+                f"a picture of {hwc.shape[1]} x {hwc.shape[0]} pixels is too narrow to be resized"
+            )
         if (height, width) != hwc.shape[:2]:
             image = Image.fromarray(hwc).resize((width, height), _FILTERS[self.filter])
             hwc = np.asarray(image)

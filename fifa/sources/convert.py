@@ -18,7 +18,6 @@ import io
 import json
 import os
 import shutil
-import unicodedata
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -34,8 +33,8 @@ from PIL import Image
 from pydantic import Field
 
 from fifa.config import InputError, atomic_path, fingerprint, write_atomic
-from fifa.images import decode
-from fifa.pairs import IMAGE_COLUMNS, BadRow, Judgment, RowError
+from fifa.images import FORMATS, decode
+from fifa.pairs import IMAGE_COLUMNS, MAX_PROMPT, BadRow, Judgment, RowError, check_prompt
 from fifa.sources import load_source
 from fifa.sources.reading import Found, ReadOptions, set_aside, shown
 
@@ -48,8 +47,6 @@ MANIFEST = "manifest.json"
 _STATE = ".parts/state.json"
 _GROUP_ROWS = 500  # most rows of a row group
 _GROUP_BYTES = 32 * 2**20  # of pictures, after which a row group ends
-# Pillow reads more, some of it with the help of other programs (EPS: Ghostscript).
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _CHECKED = 64  # pictures whose check is remembered: a ranking repeats each in many pairs
 
 SCHEMA = pa.schema(
@@ -86,7 +83,7 @@ class ConvertConfig(ReadOptions):
         "decode", description="Decode every picture to find cut ones, or look at headers only."
     )
     max_pixels: int = Field(2**26, ge=1, description="Most pixels of a picture, by its header.")
-    max_prompt: int = Field(10_000, ge=1, description="Most characters of a prompt.")
+    max_prompt: int = Field(MAX_PROMPT, ge=1, description="Most characters of a prompt.")
     rows_per_shard: int = Field(5000, ge=1, description="Rows of one Parquet file.")
 
 
@@ -344,7 +341,7 @@ def _fault(item: Found, number: int, config: ConvertConfig, seen: _Seen) -> BadR
 def _check(row: Judgment, config: ConvertConfig, seen: _Seen) -> None:
     """Raise RowError if a judgment has no readable prompt or pictures, or says nothing."""
     where = row.where
-    _check_prompt(row.prompt, config.max_prompt, where)
+    check_prompt(row.prompt, where, config.max_prompt)
     if row.outcome == "tie" and config.ties == "drop":
         raise RowError(where, "a tie, and ties are dropped")
     for side, data in zip(IMAGE_COLUMNS, (row.image_a, row.image_b), strict=True):
@@ -359,23 +356,6 @@ def _check(row: Judgment, config: ConvertConfig, seen: _Seen) -> None:
         raise RowError(where, "a picture is compared with itself")
 
 
-def _check_prompt(prompt: str, most: int, where: str) -> None:
-    if not isinstance(prompt, str) or _is_blank(prompt):
-        raise RowError(where, "the prompt is empty")
-    if "\0" in prompt:
-        raise RowError(where, "the prompt holds a NUL byte")
-    if len(prompt) > most:
-        detail = f", {len(prompt):,} characters where {most:,} are allowed"
-        raise RowError(where, "the prompt is too long", detail)
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise RowError(where, "the prompt is not valid Unicode")
-
-
-def _is_blank(text: str) -> bool:
-    """Whether there is nothing to see: white space, control and format characters only."""
-    return all(unicodedata.category(letter)[0] in "CZ" for letter in text)
-
-
 def _picture_fault(data: bytes, config: ConvertConfig) -> tuple[str, str] | None:
     """Kind and detail of what is wrong with a picture; its header is looked at first."""
     try:
@@ -387,8 +367,8 @@ def _picture_fault(data: bytes, config: ConvertConfig) -> tuple[str, str] | None
         return "a picture is too large", str(error)
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError) as error:
         return "a picture cannot be decoded", str(error)
-    if kind not in _FORMATS:
-        return "a picture is of a kind that is not read", f"{kind}, allowed are {_FORMATS}"
+    if kind not in FORMATS:
+        return "a picture is of a kind that is not read", f"{kind}, allowed are {FORMATS}"
     if width * height > config.max_pixels:
         detail = f"{width} x {height}, at most {config.max_pixels:,} pixels are allowed"
         return "a picture is too large", detail

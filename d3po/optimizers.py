@@ -1,0 +1,113 @@
+"""Optimizers by name, and one whose state stays in CPU memory.
+
+`adamw` keeps two float32 moments a weight, `adamw_8bit` the same in a quarter of the memory
+(Dettmers et al. 2022, blockwise quantisation, bitsandbytes), `adafactor` a row and a column a
+matrix (Shazeer & Stern 2018, transformers; the choice of Diffusion-DPO for SDXL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fifa.config import InputError
+
+Kind = Literal["adamw", "adamw_8bit", "adafactor"]
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter],
+    kind: Kind,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    fused: bool = False,
+    offload: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer of `parameters`; with `offload` its state and a copy of them are on the CPU.
+
+    Adafactor takes neither betas nor epsilon: its own defaults, with a fixed learning rate. Raises
+    InputError for a package that is not installed, or a choice that the kind does not have.
+    """
+    if fused and kind != "adamw":
+        raise InputError(f"optim.fused goes with optim.kind=adamw, not with {kind}")
+    if kind == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise InputError(
+            "optim.kind=adamw_8bit needs bitsandbytes; pip install 'd3po-fifa[bitsandbytes]' "
+            "brings it, or choose adamw or adafactor"
+        )
+
+    def build(own: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if kind == "adafactor":
+            from transformers import Adafactor
+
+            return Adafactor(
+                own,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                scale_parameter=False,
+                relative_step=False,
+            )
+        settings: dict[str, Any] = {
+            "lr": learning_rate,
+            "betas": betas,
+            "eps": epsilon,
+            "weight_decay": weight_decay,
+        }
+        if kind == "adamw_8bit":
+            from bitsandbytes.optim.adamw import AdamW8bit
+
+            return AdamW8bit(own, **settings)
+        return torch.optim.AdamW(own, fused=fused or None, **settings)
+
+    return Offloaded(parameters, build) if offload else build(parameters)
+
+
+class Offloaded(torch.optim.Optimizer):
+    """An optimizer that works on copies of the weights in CPU memory.
+
+    A step brings the gradients there and the new weights back; on the device remain the weights
+    and their gradients. The idea of ZeRO-Offload (Ren et al. 2021), without its overlap.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        build: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self.twins = [nn.Parameter(p.detach().cpu().clone()) for p in parameters]
+        self.inner = build(self.twins)
+        super().__init__(parameters, dict(self.inner.defaults))
+
+    @property
+    def _own(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of the inner optimizer, at the learning rate of this one."""
+        for twin, p in zip(self.twins, self._own, strict=True):
+            twin.grad = None if p.grad is None else p.grad.cpu()
+        for own, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner["lr"] = own["lr"]
+        self.inner.step()
+        for twin, p in zip(self.twins, self._own, strict=True):
+            p.copy_(twin)
+            twin.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the inner optimizer."""
+        return self.inner.state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the inner optimizer; the weights, loaded before it, are copied once more."""
+        self.inner.load_state_dict(state_dict)
+        for twin, p in zip(self.twins, self._own, strict=True):
+            twin.copy_(p)

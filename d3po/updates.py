@@ -1,0 +1,145 @@
+"""What an optimizer step is made of, and where it comes from.
+
+A `Source` hands out rounds, a round holds updates, an update chunks: images that go through the
+network together, with what somebody said about them. A `Chunk` knows pairs, a `Rated` chunk a
+number for each image. Both can say how likely a denoiser finds their images, and nothing else is
+known of them where the loss is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from d3po.likelihood import PathScore, gaussian_kl
+from d3po.sampling import Reduce
+
+Kind = Literal["pairs", "labels", "advantages"]
+"""What an objective is told about images: pairs of them; liked or not; how good each is."""
+
+Facts = dict[str, Tensor]
+"""What is known of a chunk, (Q, S) or (B, S) each, under the names of an objective's arguments."""
+
+AsReference = Callable[[Callable[[nn.Module], Any]], Any]
+"""as_reference(f) -> f(denoiser) under the reference's weights, without gradient."""
+
+
+class Wants(NamedTuple):
+    """What a source has to provide for an objective."""
+
+    kind: Kind = "pairs"
+    reference: bool = True  # log-probabilities under the reference
+
+
+PAIRS = Wants()
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Images that go through the network together, and the pairs among them.
+
+    B images, Q pairs, S steps (or noise levels) trained on.
+    """
+
+    logp: Callable[[nn.Module], Tensor]  # denoiser -> (B, S), with gradient
+    win: Tensor  # (Q,) long: row of each pair's winner
+    lose: Tensor  # (Q,) long
+    steps: int  # S
+    ref: Tensor | None = None  # (B, S) under the reference; None: computed when its turn comes
+
+    @property
+    def terms(self) -> int:
+        """Pairs times steps."""
+        return len(self.win) * self.steps
+
+    def facts(
+        self, denoiser: nn.Module, as_reference: AsReference, asked: Collection[str]
+    ) -> Facts:
+        """What is `asked` for, with the gradient of `denoiser`."""
+        found: Facts = {}
+        if "ref_win" in asked:
+            ref = as_reference(self.logp) if self.ref is None else self.ref
+            found = {"ref_win": ref[self.win], "ref_lose": ref[self.lose]}
+        logp = self.logp(denoiser)
+        return {**found, "win": logp[self.win], "lose": logp[self.lose]}
+
+
+@dataclass(frozen=True, eq=False)
+class Rated:
+    """Images that go through the network together, each with a number: a label or an advantage.
+
+    B images, S steps (or noise levels) trained on.
+    """
+
+    logp: Callable[[nn.Module], Tensor]  # denoiser -> (B, S), with gradient
+    kind: Kind
+    value: Tensor  # (B,) float: +1 liked, -1 disliked; or the advantage
+    steps: int  # S
+    ref: Tensor | None = None  # (B, S) under the reference; None: computed when its turn comes
+    old: Tensor | None = None  # (B, S) under the policy that drew the images, for advantages
+    path: Callable[[nn.Module], PathScore] | None = None  # along a stored path, for a KL
+    reduce: Reduce = "mean"
+
+    @property
+    def terms(self) -> int:
+        """Images times steps."""
+        return len(self.value) * self.steps
+
+    def facts(
+        self, denoiser: nn.Module, as_reference: AsReference, asked: Collection[str]
+    ) -> Facts:
+        """What is `asked` for, with the gradient of `denoiser`."""
+        value = self.value[:, None].expand(-1, self.steps)
+        found: Facts = {"desirable" if self.kind == "labels" else "advantage": value}
+        if self.old is not None:
+            found["old"] = self.old
+        if "ref" in asked:
+            found["ref"] = as_reference(self.logp) if self.ref is None else self.ref
+        if "kl" in asked:
+            assert self.path is not None  # advantages come from rollouts, which have one
+            theirs, ours = as_reference(self.path), self.path(denoiser)
+            return {
+                **found,
+                "logp": ours.logp,
+                "kl": gaussian_kl(ours.mean, theirs.mean, self.reduce),
+            }
+        return {**found, "logp": self.logp(denoiser)}
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """This process's share of one optimizer step.
+
+    `idle` is gone through when `chunks` is empty here but not on another process: DDP adds
+    gradients up while it walks back through a network, so every process has to walk.
+    """
+
+    chunks: Sequence[Chunk | Rated]
+    pairs: int  # or rated images, on this process; each may be in several chunks, at other steps
+    idle: Callable[[], Chunk | Rated] | None = None  # None: this process always has chunks
+
+    @property
+    def terms(self) -> int:
+        """Pairs, or rated images, times steps on this process."""
+        return sum(chunk.terms for chunk in self.chunks)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Updates that can be made before the source has to look at the policy again."""
+
+    metrics: Mapping[str, Any]  # about the round as a whole; empty if there is nothing to say
+    updates: Iterator[Update]
+
+
+class Source(Protocol):
+    """Where updates come from; round `index` depends on nothing but the index and the policy."""
+
+    updates_per_round: int
+
+    def round(self, index: int) -> Round:
+        """The updates of round `index`; consumed in order, each after the step before it."""
+        ...

@@ -1,0 +1,66 @@
+"""What a fit may be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fifa.config import Config
+
+
+class FitConfig(Config):
+    """Settings of `fifa reward fit`."""
+
+    pairs: Path = Field(description="Pair table: Parquet file or folder, Pick-a-Pic v2 columns.")
+    out: Path = Field(description="Folder for the proxy; it must not exist yet.")
+    kind: Literal["scalar", "pairwise", "objectives"] = Field(
+        "scalar",
+        description="A Bradley-Terry score, an antisymmetric comparison, or named objectives "
+        "with a gate on the prompt.",
+    )
+    encoder: str = Field(
+        "mini", description="Frozen features: mini, clip:MODEL or transformers:FOLDER."
+    )
+    cache: Path | None = Field(
+        None, description="SQLite file of features; null: features.sqlite beside the folder."
+    )
+    hidden: int = Field(
+        64, ge=0, description="Width of the two hidden layers of a head; 0 makes it linear."
+    )
+    dropout: float = Field(0.3, ge=0, lt=1, description="Share of hidden units left out a step.")
+    ties: Literal["rao_kupper", "davidson", "half", "drop"] = Field(
+        "rao_kupper",
+        description="Ties: too small a difference to see, a third answer, half a win each, or "
+        "no answer.",
+    )
+    smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Chance that a label is random, for label smoothing."
+    )
+    members: int = Field(
+        3, ge=1, description="Heads from different seeds; their spread is the disagreement."
+    )
+    held_out: float = Field(
+        0.1, gt=0, le=0.4, description="Share of the prompts kept for the test, and for validation."
+    )
+    epochs: int = Field(40, ge=1, description="Passes over the training pairs, at most.")
+    patience: int = Field(5, ge=1, description="Epochs without a better validation loss.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
+    batch_size: int = Field(256, ge=1, description="Pairs a step.")
+    seed: int = Field(0, ge=0, description="Seed of the split, the weights and the order.")
+    device: str = Field("cpu", description="Where the encoder runs, such as cuda.")
+    ratings: Path | None = Field(
+        None, description="Rating table, for kind=objectives: .parquet, .csv or .jsonl."
+    )
+    objectives: tuple[str, ...] = Field(
+        (), description="Columns of the rating table; empty: every numeric one."
+    )
+    rank_correlation: float = Field(
+        0.03,
+        gt=0,
+        le=1,
+        description="Largest rank correlation of an objective with a nuisance after removal; "
+        "1 removes nothing.",
+    )
