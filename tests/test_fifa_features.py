@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import clip_tokenizer
 from pair_files import caption, picture, write_pairs
+from tiny_pipelines import clip_tokenizer
 
 from fifa.config import InputError
 from fifa.features import VectorStore, pair_features, picture_key
