@@ -450,6 +450,72 @@ def reward_export(
     print(out)
 
 
+@reward_app.command("tastes", epilog="Example: `fifa reward tastes runs/pairs --out runs/tastes`")
+def reward_tastes(
+    pairs: Annotated[Path, typer.Argument(help="Pair table that names people: `user_id`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tastes and their card.")],
+    model: Annotated[str | None, typer.Option(help="A: ideals know no prompt; B: they do.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, weights and order.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Fit many tastes to the choices of known people; use them as the reward `tastes:OUT`."""
+    from fifa.proxies.tastes import TasteConfig, tastes
+
+    given = {"pairs": pairs, "out": out, "model": model, "seed": seed}
+    with _progress() as progress:
+        card = tastes(_config(TasteConfig, config, given, settings), progress)
+    if card.note:
+        print(card.note)
+    weights = ", ".join(f"{share:.0%}" for share in card.shares)
+    print(f"{card.tastes} tastes of {card.users:,} people, by weight {weights}")
+    print(f"agrees with {_share(card.own)} of held-out strict pairs by each person's own mixture,")
+    print(f"with {_share(card.average)} by the average one")
+    print(out)
+
+
+@reward_app.command(
+    "adapt", epilog="Example: `fifa reward adapt runs/tastes new.parquet --user me --out runs/t2`"
+)
+def reward_adapt(
+    folder: Annotated[Path, typer.Argument(help="Folder of `fifa reward tastes`.")],
+    pairs: Annotated[Path, typer.Argument(help="Pair table with the new person's choices.")],
+    user: Annotated[str, typer.Option(help="Their name: `user_id` in the table.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tastes with one person more.")],
+    limit: Annotated[int | None, typer.Option(help="Use their first pairs only.")] = None,
+) -> None:
+    """Take in a new person from a few choices; everything else stays as it is, to the bit."""
+    from fifa.proxies.tastes import adapt_folder
+
+    with _progress() as progress:
+        weights = adapt_folder(folder, pairs, out, user, limit, progress)
+    print(f"{user}: " + ", ".join(f"{weight:.0%}" for weight in weights))
+    print(out)
+
+
+@reward_app.command(
+    "disputes", epilog="Example: `fifa reward disputes runs/tastes runs/pairs --most 10`"
+)
+def reward_disputes(
+    folder: Annotated[Path, typer.Argument(help="Folder of `fifa reward tastes`.")],
+    pairs: Annotated[Path, typer.Argument(help="Pair table to look at.")],
+    most: Annotated[int, typer.Option(help="How many pairs to show.")] = 20,
+) -> None:
+    """List the pairs that divide the tastes most: where more answers are worth having."""
+    from fifa.proxies.tastes import disputes_of
+
+    with _progress() as progress:
+        found = disputes_of(folder, pairs, most, progress)
+    _table(
+        "chance that each taste prefers the first picture",
+        ("row", "prompt", "by taste"),
+        [
+            (str(d.row), d.prompt, "  ".join(f"{chance:.0%}" for chance in d.preference))
+            for d in found
+        ],
+    )
+
+
 @app.command()
 def settings() -> None:
     """List every setting of `convert`, `score`, `select`, `sweep`, `reward fit`, its meaning."""

@@ -65,6 +65,7 @@ REWARDS: dict[str, str] = {
     "aesthetic": "fifa.rewards.aesthetic:Aesthetic",
     "mini": "fifa.rewards.mini:MiniReward",
     "fitted": "fifa.rewards.fitted:FittedReward",
+    "tastes": "fifa.rewards.tastes:TasteReward",
     "oracle": "fifa.rewards.miniworld:OracleReward",
     "oracle_strict": "fifa.rewards.miniworld:StrictOracleReward",
     "neatness": "fifa.rewards.miniworld:NeatnessReward",
