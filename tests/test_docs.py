@@ -25,6 +25,8 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 SMALLER = {
     r"--rows \d+": "--rows 800",
     r"--prompts \d+": "--prompts 2",
+    r"(benchmarks/reviewers\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
+    "--arms saw --images 2 --fit-steps 2",
     r"(benchmarks/tastes\.py)": r"\1 --people 6 --newcomers 2 --pixel-people 2",
     r"--others \d+": "--others 200",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
