@@ -34,11 +34,13 @@ def images(n: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 PROMPTS = ["a", "b", "c", "d"]
-PUBLISHED = {"fitted", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "clip", "aesthetic"}
+PUBLISHED = {"pickscore", "hpsv2", "hpsv2.1", "imagereward", "clip", "aesthetic"}
+FITTED = {"fitted", "tastes"}  # from a folder of one's own
 
 
-# Those whose weights are published elsewhere are in test_fifa_reward_networks.py.
-WITH_US = {name for name in REWARDS if name not in PUBLISHED}
+# Those of published weights are in test_fifa_reward_networks.py, the fitted ones in
+# test_fifa_proxies.py and test_fifa_tastes.py.
+WITH_US = {name for name in REWARDS if name not in PUBLISHED | FITTED}
 
 
 @pytest.mark.parametrize("name", sorted(WITH_US))
