@@ -25,7 +25,8 @@ import torch
 from fifa.config import write_atomic
 from fifa.images import to_batch
 from fifa.miniworld import compose, phrase, render, sample_request
-from fifa.proxies.tastes import TasteConfig, Votes, adapt, choose_tastes, right, with_user
+from fifa.proxies import TasteConfig
+from fifa.proxies.tastes import Votes, adapt, choose_tastes, right, with_user
 from fifa.rewards.encoders import load_encoder
 from fifa.rewards.tastes import TasteModel
 

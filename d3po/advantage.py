@@ -2,7 +2,8 @@
 
 Objectives on pairs need an order only and take several judges by Pareto dominance (see
 `online.strict_pairs`). Those on single images need a number: the mean over judges of each judge's
-z-score over the round, so that no judge counts for more because its unit is smaller.
+z-score over the round, so that no judge counts for more because its unit is smaller. NaN stands
+for a picture that could not be judged.
 """
 
 from __future__ import annotations
@@ -34,15 +35,19 @@ def advantages(values: Numbers, images: int, scope: Scope, std: float) -> Number
 
     "prompt": (value - mean of its group) / std of its group (DDPO's per-prompt statistics, within
     one round and so without state). "round": value / std; the mean of a round is 0 already. `std`
-    is that of the round. Where all are alike the advantage is 0.
+    is that of the round. Where all are alike the advantage is 0. A value that is NaN, of a picture
+    that could not be judged, counts for nobody, and its own advantage is 0.
     """
+    groups = values.reshape(-1, images)
+    there = np.isfinite(groups)
     if scope == "prompt":
-        groups = values.reshape(-1, images)
-        centred = groups - groups.mean(1, keepdims=True)
-        spread = groups.std(1, keepdims=True)
-        found = np.divide(centred, spread, out=np.zeros_like(centred), where=spread > TIE)
-        return found.reshape(-1).clip(-LIMIT, LIMIT)
-    return (values / std if std > TIE else np.zeros_like(values)).clip(-LIMIT, LIMIT)
+        count = np.maximum(1, there.sum(1, keepdims=True))
+        centred = groups - np.nansum(groups, 1, keepdims=True) / count
+        spread = np.sqrt(np.nansum(centred**2, 1, keepdims=True) / count)
+    else:
+        centred, spread = groups, np.full_like(groups, std)
+    found = np.divide(centred, spread, out=np.zeros_like(centred), where=there & (spread > TIE))
+    return found.reshape(-1).clip(-LIMIT, LIMIT)
 
 
 def labels(advantage: Numbers) -> Numbers:

@@ -29,9 +29,9 @@ from d3po.online import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig
 from d3po.report import Section, hidden_truth, read_run, verdict, write_report
-from d3po.run import RunConfig, plain
+from d3po.run import RunConfig
 from d3po.trainer import OptimConfig
-from fifa.config import InputError, fingerprint, to_yaml, write_atomic
+from fifa.config import InputError, fingerprint, finite, to_yaml, write_atomic
 from fifa.filtering import KEPT, SUMMARY, SelectConfig, select
 from fifa.miniworld.dataset import write_dataset
 from fifa.report import write_report as write_filter_report
@@ -263,7 +263,7 @@ def stages(out: Path, seed: int, sizes: Sizes, show: Show) -> list[Stage]:
             more=[_commands(out, seed, sizes, configs)],
             progress=lambda task, done, total: show(task, done, total, ""),
         )
-        text = json.dumps(plain(summary(out, seed, sizes, list(configs))), indent=2)
+        text = json.dumps(finite(summary(out, seed, sizes, list(configs))), indent=2)
         write_atomic(out / "summary.json", text + "\n")
 
     kept = f"keeping the best {sizes.keep}"

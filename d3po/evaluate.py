@@ -25,8 +25,8 @@ from d3po.generate import SamplerConfig, generate, independent_orders
 from d3po.health import Health
 from d3po.health.pictures import TONES, tone
 from d3po.policy import Policy
-from d3po.run import Run, plain
-from fifa.config import Config, InputError
+from d3po.run import Run
+from fifa.config import Config, InputError, finite
 from fifa.images import Pixels, grid, to_uint8
 from fifa.rewards import Reward, score_images
 
@@ -110,7 +110,7 @@ class Evaluation:
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json.dumps(plain(asdict(self)), indent=1, allow_nan=False) + "\n"
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False) + "\n"
 
     def metrics(self) -> dict[str, Any]:
         """The same as nested numbers, a part for each judge."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from d3po.run import Run
 from d3po.sampling import Reduce, image_noise
 from d3po.trainer import OptimConfig, reference_logp
 from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
-from fifa.config import Config, InputError, atomic_path, fingerprint
+from fifa.config import Config, InputError, atomic_path, fingerprint, take_lock
 from fifa.images import Pixels, decode, to_batch
 from fifa.pairs import BadRow, Pair, PairTable, held_out, normalise_prompt, pair_from
 
@@ -144,16 +145,30 @@ def cached_pairs(
     def ready() -> Path:
         table = PairTable.open(config.data)
         folder = Path(config.cache) / f"pairs-{_cache_key(config, table, family, excluded)}"
-        if not folder.exists():
-            with (
-                atomic_path(folder) as temporary,
-                run.progress(table.num_rows, 0, "encoding pairs"),
-            ):
-                temporary.mkdir()
-                build_cache(config, table, family, excluded, temporary, run.advance)
+        with _only_builder(folder):  # another run may want the same pairs at the same time
+            if not folder.exists():
+                with (
+                    atomic_path(folder) as temporary,
+                    run.progress(table.num_rows, 0, "encoding pairs"),
+                ):
+                    temporary.mkdir()
+                    build_cache(config, table, family, excluded, temporary, run.advance)
         return folder
 
     return PairCache.open(run.first(ready))
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Build a cache folder alone; a process that comes second waits, and finds it made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = take_lock(folder.with_name(f".lock-{folder.name}"), wait=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror}") from None
+    assert held is not None  # it was waited for
+    with held:
+        yield
 
 
 def _cache_key(

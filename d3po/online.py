@@ -240,7 +240,7 @@ class OnlineSource:
         scores = self.run.everywhere(
             lambda: self.judge(rollout.images, rollout.prompts, rollout.places)
         )
-        # a picture that is not finite beats nobody, loses to nobody, and is worth the mean
+        # a picture that is not finite beats nobody, loses to nobody, and has no advantage
         scores = np.where(rollout.finite[:, None], scores, np.nan)
         verdict, metrics = self._verdict(scores, len(rollout.places))
         metrics |= self._pictures(rollout, scores)
@@ -390,14 +390,26 @@ class OnlineSource:
         return Rated(logp, kind, block.value, len(steps), ref, old, path, self.reduce)
 
     def _idle(self, rollout: Rollout, step: int) -> Chunk | Rated:
-        """One image that nobody said anything about: a way through the network without a term."""
+        """One image that nobody said anything about: a way through the network without a term.
+
+        All zeros: a latent of the rollout might be NaN, and 0 times that is no 0.
+        """
         device = rollout.latents.device
-        logp = partial(self._logp, rollout.latents[:1], rollout.cond[:1], [step])
+        image = torch.zeros_like(rollout.latents[:1]), rollout.cond[:1]
+        logp, path = partial(self._logp, *image, [step]), partial(self._path, *image, [step])
         if self.wants.kind == "pairs":
             nobody = torch.empty(0, dtype=torch.long, device=device)
             return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=device))
         nothing = torch.empty(0, 1, device=device)
-        return Rated(lambda net: logp(net)[:0], self.wants.kind, nothing[:, 0], 1, nothing)
+        return Rated(
+            lambda net: logp(net)[:0],
+            self.wants.kind,
+            nothing[:, 0],
+            steps=1,
+            ref=nothing,
+            old=nothing,
+            path=lambda net: PathScore(*(part[:0] for part in path(net))),
+        )
 
     def _logp(
         self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module

@@ -16,7 +16,6 @@ Whatever depends on the clock goes to timing.jsonl instead.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -31,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from fifa.config import Config, InputError, atomic_path, to_yaml, write_atomic
+from fifa.config import Config, InputError, atomic_path, finite, take_lock, to_yaml, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +158,7 @@ class RunFolder:
 
     def append(self, file: Path, row: Mapping[str, Any]) -> None:
         """Add one JSON line; values that are not finite become null."""
-        line = json.dumps(plain(row), allow_nan=False)
+        line = json.dumps(finite(row), allow_nan=False)
         try:
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
@@ -256,17 +255,9 @@ class RunFolder:
             raise InputError(
                 f"cannot create the run folder {self.path}: {error.strerror}"
             ) from error
-        if sys.platform == "win32":  # no flock there; two runs in one folder go unnoticed
-            return
-        import fcntl
-
-        lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise InputError(f"another process is training in {self.path}") from None
-        self._lock = lock  # the system frees it when the process ends, however it ends
+        self._lock = take_lock(self.path / ".lock")
+        if self._lock is None:
+            raise InputError(f"another process is training in {self.path}")
 
 
 def _step_of(folder: Path) -> int:
@@ -283,15 +274,6 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} is not a checkpoint of a run (expected a folder like "
             f"runs/x/checkpoints/step-000100 with a progress.json): {error}"
         ) from None
-
-
-def plain(value: Any) -> Any:
-    """The value with NaN and infinities, which JSON does not know, as None; at any depth."""
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

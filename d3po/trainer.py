@@ -209,8 +209,10 @@ def _backward(
             facts = {**chunk.facts(policy.denoiser, as_reference, objective.takes), **shared}
             loss = objective.loss(facts)
             run.accelerator.backward(loss.sum() * scale)
-        for name, value in {"loss": loss.detach(), **objective.watch(facts)}.items():
-            sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+        seen = {"loss": loss.detach(), **objective.watch(facts)}
+        own = torch.stack([value.double().sum() for value in seen.values()]).tolist()  # one wait
+        for name, value in zip(seen, own, strict=True):
+            sums[name] = sums.get(name, 0.0) + value
     return sums
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fifa.config import InputError, write_atomic
+from fifa.config import InputError, finite, write_atomic
 
 Floats = NDArray[np.float64]
 
@@ -329,14 +329,6 @@ def write_json(path: Path, results: Sequence[Agreement]) -> None:
         "interval": "95% Wilson score interval, pairs taken as independent",
         "ties": "pairs that people called a tie are left out; equal scores count as half right",
         "quarters": "floor(N / 4) strict pairs at each end of |margin|; equal ones share a border",
-        "proxies": [_finite(asdict(result)) for result in results],
+        "proxies": [finite(asdict(result)) for result in results],
     }
     write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

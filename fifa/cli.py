@@ -460,7 +460,8 @@ def reward_tastes(
     settings: Settings = None,
 ) -> None:
     """Fit many tastes to the choices of known people; use them as the reward `tastes:OUT`."""
-    from fifa.proxies.tastes import TasteConfig, tastes
+    from fifa.proxies import TasteConfig
+    from fifa.proxies.tastes import tastes
 
     given = {"pairs": pairs, "out": out, "model": model, "seed": seed}
     with _progress() as progress:
@@ -518,10 +519,10 @@ def reward_disputes(
 
 @app.command()
 def settings() -> None:
-    """List every setting of `convert`, `score`, `select`, `sweep`, `reward fit`, its meaning."""
+    """List every setting of the commands that take a config, its default and its meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
-    from fifa.proxies import FitConfig
+    from fifa.proxies import FitConfig, TasteConfig
     from fifa.scoring.settings import ScoreConfig
     from fifa.sources.convert import ConvertConfig
     from fifa.sweep import SweepConfig
@@ -532,6 +533,7 @@ def settings() -> None:
         ("select", SelectConfig),
         ("sweep", SweepConfig),
         ("reward fit", FitConfig),
+        ("reward tastes", TasteConfig),
     )
     for name, cls in kinds:
         print(f"fifa {name}")

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
+import math
 import os
 import re
 import shutil
+import sys
 import types
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import IO, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -285,6 +288,17 @@ def _type_name(annotation: Any) -> str:
     return str(annotation).replace("typing.", "").replace("Literal", "one of ")
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No log lines of libraries: what matters of them is raised as well, and told in a sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
@@ -346,6 +360,54 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a whole file or nothing (see `atomic_path`); text is stored as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
+    """Hold an exclusive lock on a file; None if another process holds it and we do not `wait`.
+
+    It lasts until the file is closed or the process ends, however it ends. Windows has no flock:
+    two writers there go unnoticed.
+    """
+    file = path.open("w")
+    if sys.platform == "win32":
+        return file
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def only_writer(folder: Path, lock: str, doing: str) -> Iterator[None]:
+    """Be the only process that writes to a folder; what a killed one left there is swept away.
+
+    `lock` is a file in the folder. Raises InputError "another process is {doing} {folder}", and
+    where the folder cannot be written to.
+    """
+    try:
+        (folder / lock).parent.mkdir(parents=True, exist_ok=True)
+        held = take_lock(folder / lock)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    if held is None:
+        raise InputError(f"another process is {doing} {folder}")
+    with held:
+        for left_over in folder.rglob(".tmp-*"):
+            _remove(left_over)
+        yield
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities, which JSON does not know, as None; at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fingerprint(*parts: str | bytes | Path) -> str:

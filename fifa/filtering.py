@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from fifa.config import Config, InputError, atomic_path, write_atomic
+from fifa.config import Config, InputError, atomic_path, finite, write_atomic
 from fifa.denylist import DenyList, read_deny_list
 from fifa.knn import FLOOR, Vectors, near_groups
 from fifa.pairs import PairTable
@@ -328,15 +328,10 @@ def _report(
             "all": len(np.unique(terms.prompt)),
             "kept": len(np.unique(terms.prompt[chosen])),
         },
-        "objective": {name: _finite(objective(s, terms)._asdict()) for name, s in sets.items()},
+        "objective": {name: finite(objective(s, terms)._asdict()) for name, s in sets.items()},
         "not_compared": {name: why for name, why in dear.items() if why and name not in sets},
     }
 
 
 def _agreement(margin: Floats) -> float:
     return float(((margin > 0) + 0.5 * (margin == 0)).mean())
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: a single pair has no entropy and so no f."""
-    return {name: value if np.isfinite(value) else None for name, value in values.items()}

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from fifa.bench import Share, share
-from fifa.config import InputError, atomic_path, fingerprint, write_atomic
+from fifa.config import InputError, atomic_path, fingerprint, finite, write_atomic
 from fifa.filtering import Method, SelectConfig, candidates
 from fifa.scoring import REJECTED, read_manifest
 from fifa.scoring.settings import TEXT_ONLY
@@ -209,10 +209,10 @@ class Comparison:
             wanted=k,
             kept=len(pairs),
             prompts=len(np.unique(terms.prompt[pairs])),
-            f=_finite(f),
+            f=finite(f),
             margin=margin,
             quality=quality,
-            entropy=_finite(entropy),
+            entropy=finite(entropy),
             agreement=share(right, len(pairs)),
             overlap=jaccard(pairs, usual),
         )
@@ -229,10 +229,6 @@ def jaccard(a: Ints, b: Ints) -> float:
     """Size of the intersection of two sets over that of their union."""
     common = len(np.intersect1d(a, b))
     return common / (len(a) + len(b) - common)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 CHANGES = (

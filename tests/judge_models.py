@@ -147,6 +147,7 @@ class ChatServer(ThreadingHTTPServer):
 
 class Chat(BaseHTTPRequestHandler):
     server: ChatServer
+    running = False
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -157,6 +158,7 @@ class Chat(BaseHTTPRequestHandler):
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
             server.times.append(time.monotonic())
+            self.running = True
             server.running += 1
             server.most_running = max(server.most_running, server.running)
             actions = server.actions.get(prompt, [])
@@ -164,10 +166,16 @@ class Chat(BaseHTTPRequestHandler):
         try:
             action(self, body)
         finally:
-            with server.lock:
-                server.running -= 1
+            self._done()
+
+    def _done(self) -> None:
+        """Count this request as running no longer, once."""
+        with self.server.lock:
+            self.server.running -= self.running
+            self.running = False
 
     def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self._done()  # before the client can know, and ask for the next
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

@@ -34,6 +34,12 @@ def test_an_image_is_compared_with_its_prompt_or_with_the_round() -> None:
     assert advantages(values * 0, 2, "round", 0.0).tolist() == [0.0] * 6
 
 
+def test_a_picture_without_a_judgment_counts_for_nobody() -> None:
+    values = np.array([0.0, 2.0, math.nan, math.nan, math.nan, math.nan])
+    assert advantages(values, 3, "prompt", 1.0).tolist() == [-1, 1, 0, 0, 0, 0]
+    assert advantages(values, 3, "round", 2.0).tolist() == [0, 1, 0, 0, 0, 0]
+
+
 def test_an_advantage_is_cut_at_the_published_limit() -> None:
     values = np.array([0.0] * 99 + [1.0])
     assert advantages(values, 100, "prompt", 1.0).max() == LIMIT  # (1 - 0.01) / 0.0995 = 9.95

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from d3po.offline import (
     OfflineConfig,
     OfflineSource,
     PairCache,
+    build_cache,
     cached_pairs,
     held_out_prompts,
     skipped_rows,
@@ -414,3 +417,25 @@ def test_the_summary_is_plain_json(tmp_path: Path, family: Family, run: Run) -> 
     cache = cached_pairs(config_of(tmp_path, good_rows(3)), family, run)
     summary = json.loads((cache.folder / "summary.json").read_text())
     assert (summary["rows"], summary["pairs"], summary["dropped"]) == (3, 3, {})
+
+
+def test_two_runs_that_want_the_same_pairs_build_them_once(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, family = config_of(tmp_path, good_rows(4)), load_family(tiny_sd)
+    built: list[Path] = []
+
+    def slowly(*given: Any) -> None:
+        built.append(given[4])
+        time.sleep(0.5)  # the other one is there by then
+        build_cache(*given)
+
+    monkeypatch.setattr("d3po.offline.build_cache", slowly)
+    runs = [Run(RunConfig(dir=str(tmp_path / name))) for name in ("one", "other")]
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda run: cached_pairs(config, family, run), runs)
+    for run in runs:
+        run.close()
+    assert len(built) == 1
+    assert one.folder == other.folder
+    assert np.array_equal(one.win, other.win)

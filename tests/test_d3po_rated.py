@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,11 +19,12 @@ import torch
 from pair_files import write_pairs
 from safetensors.torch import load_file
 from torch import Tensor
+from train_runs import environment, train_and_kill
 
 from d3po import recipe
 from d3po.families import guided, load_family
 from d3po.families.conditioning import Conditioning
-from d3po.generate import SamplerConfig
+from d3po.generate import Generated, SamplerConfig, generate
 from d3po.judging import Place, Scores
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import OBJECTIVES, POLICY_GRADIENT, REFERENCE_FREE, UNPAIRED
@@ -35,7 +32,7 @@ from d3po.offline import OfflineConfig, OfflineSource, cached_pairs
 from d3po.online import OnlineConfig, OnlineSource
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
-from d3po.trainer import Learner, OptimConfig, train_step
+from d3po.trainer import Learner, OptimConfig, reference_logp, train_step
 from d3po.updates import Chunk, Rated, Update
 from fifa.config import InputError
 
@@ -263,18 +260,45 @@ def test_a_round_where_nobody_is_liked_has_no_update(start: Start, run: Run) -> 
     assert result == {"images": 0.0, "skipped": 0.0}
 
 
-def test_an_idle_process_walks_without_a_term(start: Start, run: Run) -> None:
-    learner, source = start("kto")
+@pytest.mark.parametrize("name", ["kto", "ddpo", "dpok", "reward_weighted", "sppo"])
+def test_an_idle_process_walks_without_a_term(start: Start, run: Run, name: str) -> None:
+    learner, source = start(name)
     update = next(source.round(0).updates)
     assert update.idle is not None
-    chunk = update.idle()
+    chunk, asked = update.idle(), learner.objective.takes
     assert chunk.terms == 0
-    facts = chunk.facts(learner.policy.denoiser, lambda f: f(learner.policy.bare), ("ref", "logp"))
-    loss = learner.objective.loss({**facts, "baseline": torch.tensor(0.0)})
+    facts = chunk.facts(learner.policy.denoiser, lambda f: reference_logp(learner.policy, f), asked)
+    facts["baseline"] = torch.tensor(0.0)
+    loss = learner.objective.loss(facts)
     assert loss.shape == (0, 1)
+    assert all(value.numel() == 0 for value in learner.objective.watch(facts).values())
     loss.sum().backward()
     gradients = [p.grad for p in learner.policy.trainable()]
     assert all(g is not None and not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "dpok", "reward_weighted", "kto"])
+def test_a_picture_that_is_nan_costs_itself_alone(
+    start: Start, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def broken(*given: Any) -> Iterator[Generated]:
+        for i, part in enumerate(generate(*given)):
+            if i == 0:
+                part.trajectory.latents[1] = torch.nan
+            yield part
+
+    monkeypatch.setattr("d3po.online.generate", broken)
+    learner, source = start(name)
+    found = source.round(0)
+    (update,) = found.updates
+    for chunk in update.chunks:
+        assert isinstance(chunk, Rated)
+        assert len(chunk.value) == (7 if name == "kto" else 11)
+        assert int((chunk.value.abs() > 1e-6).sum()) == 7  # two are left, three, a tie, two
+    result = train_step(learner, update, run, 0)
+    assert result["skipped"] == 0
+    assert math.isfinite(result["loss"])
+    assert found.metrics["not_finite"] == pytest.approx(1 / 12)
 
 
 def test_advantages_over_the_round(start: Start, run: Run) -> None:
@@ -441,31 +465,15 @@ def test_a_resumed_run_is_the_straight_run(
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in updates)
 
 
-def environment(**more: str) -> dict[str, str]:
-    """As this process computes: a sum over more threads is another sum."""
-    threads = str(torch.get_num_threads())
-    return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}
-
-
 @pytest.mark.parametrize(("name", "source"), [("dpok", "online"), ("kto", "offline")])
 def test_a_killed_run_is_the_straight_run(
     settings: Callable[..., list[str]], tmp_path: Path, name: str, source: str
 ) -> None:
     more = ("optim.max_steps=12", "run.checkpoint_every=4")
     recipe.train(recipe.load(None, settings("straight", name, source, *more)))
-    moment = random.SystemRandom().randint(2, 11)  # lines of metrics after which it is killed
-    command = [sys.executable, str(ROOT / "train.py"), *settings("killed", name, source, *more)]
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        while process.poll() is None:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= moment:
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
-    recipe.train(recipe.load(None, settings("killed", name, source, *more)))
+    killed = settings("killed", name, source, *more)
+    train_and_kill(killed, tmp_path / "killed", 2, 11)
+    recipe.train(recipe.load(None, killed))
     same_runs(tmp_path / "straight", tmp_path / "killed")
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_runs import TRAIN, environment, train_and_kill
 
 from d3po import recipe
 from d3po.families import load_family
@@ -24,7 +21,6 @@ from d3po.run import RunFolder
 from fifa.config import InputError, describe, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = str(ROOT / "train.py")
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -53,12 +49,6 @@ def settings(tiny_sd: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """As this process computes: a sum over more threads is another sum."""
-    threads = str(torch.get_num_threads())
-    return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **more}
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -260,21 +250,11 @@ def test_a_killed_run_resumes_to_the_last_digit(
     uninterrupted = settings("whole", evaluation, judge)
     assert train_main()(uninterrupted) == 0
 
-    moment = random.SystemRandom().randint(2, 14)  # lines of metrics after which it is killed
-    command = [sys.executable, TRAIN, *settings("killed", evaluation, judge)]
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        while process.poll() is None:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= moment:
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
+    again = settings("killed", evaluation, judge)
+    moment = train_and_kill(again, tmp_path / "killed", 2, 14)  # lines of metrics
     assert not (tmp_path / "killed" / "weights").exists()
 
-    assert train_main()(settings("killed", evaluation, judge)) == 0
+    assert train_main()(again) == 0
     whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
     assert killed.read_text() == whole.read_text(), f"killed after {moment} lines"
     first, second = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from d3po.run import Progress, Run, RunConfig, RunFolder, flatten, plain, share
+from d3po.run import Progress, Run, RunConfig, RunFolder, flatten, share
 from fifa.config import Config, InputError
 
 
@@ -160,10 +159,6 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_leaves_nothing(
 def test_metrics_that_do_not_fit_are_one_sentence(folder: RunFolder) -> None:
     with files_no_larger_than(1), pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl"):
         folder.append(folder.metrics, {"step": 6})
-
-
-def test_numbers_that_json_does_not_know_become_null() -> None:
-    assert plain({"a": [math.nan, 1.0], "b": (math.inf,)}) == {"a": [None, 1.0], "b": [None]}
 
 
 def test_flatten_joins_keys_with_dots() -> None:

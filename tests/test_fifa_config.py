@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from fifa.config import (
     atomic_path,
     describe,
     fingerprint,
+    finite,
     load_config,
+    only_writer,
+    take_lock,
     to_yaml,
     write_atomic,
 )
@@ -239,3 +243,44 @@ def test_fingerprints_tell_parts_kinds_and_contents_apart(tmp_path: Path) -> Non
     assert len(set(different)) == len(different)
     with pytest.raises(InputError, match="nowhere"):
         fingerprint(tmp_path / "nowhere")
+
+
+# ---- who writes ----------------------------------------------------------------------------------
+
+
+def test_numbers_that_json_does_not_know_become_null() -> None:
+    assert finite({"a": [math.nan, 1.0], "b": (math.inf,)}) == {"a": [None, 1.0], "b": [None]}
+
+
+def test_one_process_writes_to_a_folder_and_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    (folder / ".tmp-1-part").mkdir(parents=True)
+    (folder / ".tmp-2").write_text("half")
+    with only_writer(folder, "inner/lock", "writing to"):
+        assert sorted(path.name for path in folder.iterdir()) == ["inner"]
+        with (
+            pytest.raises(InputError, match=f"^another process is writing to {folder}$"),
+            only_writer(folder, "inner/lock", "writing to"),
+        ):
+            pass
+    with only_writer(folder, "inner/lock", "writing to"):
+        pass  # it was let go
+
+
+def test_a_lock_is_let_go_when_its_process_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom fifa.config import take_lock\n"
+        "held = take_lock(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)\n"
+    )
+    lock = tmp_path / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert take_lock(lock) is None
+        process.kill()
+        process.wait()
+    held = take_lock(lock, wait=True)
+    assert held is not None
+    held.close()

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pair_files import png_that_claims
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -357,17 +357,6 @@ def test_readers_hold_one_record_at_a_time(tmp_path: Path, kind: str) -> None:
 
 
 # --- what must not pass ---------------------------------------------------------------------------
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises a huge picture."""
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
-    parts = [
-        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-        for name, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def real_bomb() -> bytes:

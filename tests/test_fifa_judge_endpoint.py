@@ -352,7 +352,6 @@ def test_requests_run_together_but_not_more_than_allowed() -> None:
     with serving(slow) as server:
         ask(server, *map(str, range(24)), concurrency=4)
     assert server.most_running == 4
-    assert server.times[-1] - server.times[0] < 0.6 * 24 * 0.05
 
 
 def test_a_dead_server_ends_the_pass_at_once() -> None:

@@ -509,7 +509,7 @@ def test_another_encoder_under_the_same_name_is_an_error(
 def test_a_folder_that_is_no_proxy_is_one_sentence(
     folder: Path, tmp_path: Path, cards: dict[str, Card]
 ) -> None:
-    with pytest.raises(InputError, match="holds no fitted proxy"):
+    with pytest.raises(InputError, match="holds nothing fitted"):
         load_reward(f"fitted:{tmp_path}")
     with pytest.raises(InputError, match="has no objectives"):
         load_reward(f"fitted:{folder / 'scalar'}#neat")

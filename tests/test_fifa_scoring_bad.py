@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pair_files import picture
+from pair_files import picture, png_that_claims
 from PIL import Image
 
 from fifa.config import InputError
@@ -34,17 +33,6 @@ BAD_PAIRS, BAD_RECORDS, BAD_PROMPTS = 640, 200, 210  # and one table of each of 
 
 def jpeg(seed: int, side: int = 40) -> bytes:
     return encode_jpeg(decode(picture(seed, side), ""), 90)
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises more."""
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((8, 2, 0, 0, 0))
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
-    parts = [
-        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-        for name, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def zip_bomb() -> bytes:

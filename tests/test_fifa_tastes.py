@@ -18,8 +18,8 @@ from fifa.cli import app
 from fifa.config import InputError
 from fifa.features import PairFeatures
 from fifa.images import decode, to_batch
+from fifa.proxies import TasteConfig
 from fifa.proxies.tastes import (
-    TasteConfig,
     Votes,
     adapt,
     agreement,

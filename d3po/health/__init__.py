@@ -18,8 +18,8 @@ from d3po.health.pictures import Rounds
 from d3po.health.rules import Updates
 from d3po.health.verdicts import Verdicts
 from d3po.health.words import CHECKS, Complaint
-from d3po.run import Run, plain
-from fifa.config import Config
+from d3po.run import Run
+from fifa.config import Config, finite
 
 __all__ = ["CHECKS", "Complaint", "Health", "HealthConfig"]
 
@@ -134,7 +134,7 @@ class Health:
             "held_out": self._verdicts.held_out,
             "labels": self._verdicts.labels,
         }
-        found = looks[kind](plain(values)) if kind in looks else None
+        found = looks[kind](finite(values)) if kind in looks else None
         if found is None:
             return []
         complaints = {complaint.check: complaint for complaint in found}

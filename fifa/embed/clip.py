@@ -6,16 +6,14 @@ token, projected, scaled to length 1. Texts beyond the context, 77 tokens, are c
 
 from __future__ import annotations
 
-import logging
 import pickle
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fifa.config import InputError, fingerprint
+from fifa.config import InputError, fingerprint, quiet_libraries
 from fifa.embed.network import NetworkEmbedder, find_model, not_here, read_model
 from fifa.rewards.network import is_hub_id
 
@@ -51,7 +49,7 @@ class ClipTextEmbedder(NetworkEmbedder):
         self._set(f"clip_hf:{self._place.identity}", dtype, batch)
 
     def _load(self) -> torch.nn.Module:
-        with _quiet():  # about the weights of the picture tower, which nobody asked for
+        with quiet_libraries():  # about the weights of the picture tower, which nobody asked for
             network, info = read_model(self._read, self._place, self._spec)
         absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if absent:
@@ -137,7 +135,7 @@ class OpenClipEmbedder(NetworkEmbedder):
         import open_clip
 
         try:
-            with _quiet():
+            with quiet_libraries():
                 return open_clip.create_model(
                     self._model, pretrained=self._weights, require_pretrained=True
                 )
@@ -152,7 +150,7 @@ class OpenClipEmbedder(NetworkEmbedder):
         """What open_clip tokenizes this model's texts with."""
         import open_clip
 
-        with _quiet():
+        with quiet_libraries():
             return open_clip.get_tokenizer(self._model)
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:
@@ -168,17 +166,6 @@ class OpenClipEmbedder(NetworkEmbedder):
         texts = list(prompts)
         chunks = (texts[start : start + self.batch] for start in range(0, len(texts), self.batch))
         return sum(int((self.tokenizer(c, longest + 1)[:, longest] != empty).sum()) for c in chunks)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines of the libraries: what matters of them is raised as well."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _address(path: str) -> tuple[str, str | None, str]:

@@ -7,6 +7,6 @@ holds, and how far to trust it, is in its model card.
 
 from __future__ import annotations
 
-from fifa.proxies.settings import FitConfig
+from fifa.proxies.settings import FitConfig, TasteConfig
 
-__all__ = ["FitConfig"]
+__all__ = ["FitConfig", "TasteConfig"]

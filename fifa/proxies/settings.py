@@ -5,21 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fifa.config import Config
 
 
-class FitConfig(Config):
-    """Settings of `fifa reward fit`."""
+class HeadConfig(Config):
+    """What any fit of small networks on frozen features may be told."""
 
     pairs: Path = Field(description="Pair table: Parquet file or folder, Pick-a-Pic v2 columns.")
-    out: Path = Field(description="Folder for the proxy; it must not exist yet.")
-    kind: Literal["scalar", "pairwise", "objectives"] = Field(
-        "scalar",
-        description="A Bradley-Terry score, an antisymmetric comparison, or named objectives "
-        "with a gate on the prompt.",
-    )
+    out: Path = Field(description="Folder for what is fitted; it must not exist yet.")
     encoder: str = Field(
         "mini", description="Frozen features: mini, clip:MODEL or transformers:FOLDER."
     )
@@ -27,9 +22,29 @@ class FitConfig(Config):
         None, description="SQLite file of features; null: features.sqlite beside the folder."
     )
     hidden: int = Field(
-        64, ge=0, description="Width of the two hidden layers of a head; 0 makes it linear."
+        64, ge=0, description="Width of the two hidden layers of a network; 0 makes it linear."
     )
     dropout: float = Field(0.3, ge=0, lt=1, description="Share of hidden units left out a step.")
+    held_out: float = Field(
+        0.1, gt=0, le=0.4, description="Share of the prompts kept for the test, and for validation."
+    )
+    epochs: int = Field(40, ge=1, description="Passes over the training pairs, at most.")
+    patience: int = Field(5, ge=1, description="Epochs without a better validation loss.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
+    batch_size: int = Field(256, ge=1, description="Pairs a step.")
+    seed: int = Field(0, ge=0, description="Seed of the split, the weights and the order.")
+    device: str = Field("cpu", description="Where the encoder runs, such as cuda.")
+
+
+class FitConfig(HeadConfig):
+    """Settings of `fifa reward fit`."""
+
+    kind: Literal["scalar", "pairwise", "objectives"] = Field(
+        "scalar",
+        description="A Bradley-Terry score, an antisymmetric comparison, or named objectives "
+        "with a gate on the prompt.",
+    )
     ties: Literal["rao_kupper", "davidson", "half", "drop"] = Field(
         "rao_kupper",
         description="Ties: too small a difference to see, a third answer, half a win each, or "
@@ -41,16 +56,6 @@ class FitConfig(Config):
     members: int = Field(
         3, ge=1, description="Heads from different seeds; their spread is the disagreement."
     )
-    held_out: float = Field(
-        0.1, gt=0, le=0.4, description="Share of the prompts kept for the test, and for validation."
-    )
-    epochs: int = Field(40, ge=1, description="Passes over the training pairs, at most.")
-    patience: int = Field(5, ge=1, description="Epochs without a better validation loss.")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
-    batch_size: int = Field(256, ge=1, description="Pairs a step.")
-    seed: int = Field(0, ge=0, description="Seed of the split, the weights and the order.")
-    device: str = Field("cpu", description="Where the encoder runs, such as cuda.")
     ratings: Path | None = Field(
         None, description="Rating table, for kind=objectives: .parquet, .csv or .jsonl."
     )
@@ -64,3 +69,31 @@ class FitConfig(Config):
         description="Largest rank correlation of an objective with a nuisance after removal; "
         "1 removes nothing.",
     )
+
+
+class TasteConfig(HeadConfig):
+    """Settings of `fifa reward tastes`; a row that names nobody (`user_id`) is left out."""
+
+    model: Literal["A", "B"] = Field(
+        "A", description="A: ideals that know no prompt; B: ideals that depend on it."
+    )
+    tastes: tuple[int, ...] = Field(
+        (1, 2, 3, 4), min_length=1, description="Numbers of prototypes that are tried."
+    )
+    restarts: int = Field(3, ge=1, description="Fits of each number from other first weights.")
+    least: int = Field(
+        5, ge=1, description="Training pairs of a person below which the average stands for them."
+    )
+    dim: int = Field(16, ge=2, description="Dimensions of the space in which ideals lie.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Share of hidden units left out a step.")
+    epochs: int = Field(60, ge=1, description="Passes over the training pairs, at most.")
+    patience: int = Field(8, ge=1, description="Epochs without a better validation loss.")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW's learning rate.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+
+    @field_validator("tastes")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("there is at least one taste")
+        return value

@@ -13,20 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
 from fifa.bench import Share, share
-from fifa.config import Config, InputError, atomic_path
+from fifa.config import InputError, atomic_path
 from fifa.features import CACHE, PairFeatures, pair_features
+from fifa.proxies.settings import TasteConfig
 from fifa.proxies.splits import Rows, split_pairs
-from fifa.proxies.training import Recipe, descend, fresh
+from fifa.proxies.training import descend, fresh, recipe_of
 from fifa.rewards.encoders import load_encoder
 from fifa.rewards.heads import joint
 from fifa.rewards.tastes import GAIN, TasteModel, TasteShape, load_tastes, save_tastes
@@ -38,40 +38,6 @@ Progress = Callable[[str, int, int], None]
 
 def _silent(stage: str, done: int, total: int) -> None:
     """Say nothing."""
-
-
-class TasteConfig(Config):
-    """Settings of `fifa reward tastes`."""
-
-    pairs: Path = Field(description="Pair table with a `user_id` column: Parquet file or folder.")
-    out: Path = Field(description="Folder for the tastes; it must not exist yet.")
-    model: Literal["A", "B"] = Field(
-        "A", description="A: ideals that know no prompt; B: ideals that depend on it."
-    )
-    tastes: tuple[int, ...] = Field(
-        (1, 2, 3, 4), min_length=1, description="Numbers of prototypes that are tried."
-    )
-    restarts: int = Field(3, ge=1, description="Fits of each number from other first weights.")
-    least: int = Field(
-        5, ge=1, description="Training pairs of a person below which the average stands for them."
-    )
-    dim: int = Field(16, ge=2, description="Dimensions of the space in which ideals lie.")
-    hidden: int = Field(64, ge=0, description="Width of the networks' layers; 0: linear.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Share of hidden units left out a step.")
-    encoder: str = Field("mini", description="Frozen features, as in `fifa reward fit`.")
-    cache: Path | None = Field(
-        None, description="SQLite file of features; null: features.sqlite beside the folder."
-    )
-    held_out: float = Field(
-        0.1, gt=0, le=0.4, description="Share of the prompts kept for the test, and for validation."
-    )
-    epochs: int = Field(60, ge=1, description="Passes over the training pairs, at most.")
-    patience: int = Field(8, ge=1, description="Epochs without a better validation loss.")
-    learning_rate: float = Field(3e-3, gt=0, description="AdamW's learning rate.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
-    batch_size: int = Field(256, ge=1, description="Pairs a step.")
-    seed: int = Field(0, ge=0, description="Seed of the split, the weights and the order.")
-    device: str = Field("cpu", description="Where the encoder runs, such as cuda.")
 
 
 @dataclass(frozen=True)
@@ -160,14 +126,7 @@ def fit_tastes(
     if config.model == "B":
         model.text.learn(text)
     trainee = _Trainee(model, votes)
-    recipe = Recipe(
-        config.epochs,
-        config.patience,
-        config.learning_rate,
-        config.weight_decay,
-        config.batch_size,
-    )
-    found = descend(trainee, trainee.loss, train, validation, recipe, seed)
+    found = descend(trainee, trainee.loss, train, validation, recipe_of(config), seed)
     return model.requires_grad_(False), found.losses[found.epoch]
 
 

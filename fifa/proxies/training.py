@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fifa.proxies.settings import FitConfig
+from fifa.proxies.settings import HeadConfig
 
 Rows = NDArray[np.int64]
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +29,7 @@ class Recipe:
     batch: int = 512  # rows a step
 
 
-def recipe_of(config: FitConfig) -> Recipe:
+def recipe_of(config: HeadConfig) -> Recipe:
     """The settings of the descent."""
     return Recipe(
         config.epochs,

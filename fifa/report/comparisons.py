@@ -11,10 +11,10 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from fifa import bench
-from fifa.config import InputError
+from fifa.config import InputError, finite
 from fifa.filtering import CHOSEN, SelectConfig, candidates
 from fifa.pairs import PairTable
-from fifa.report.page import Section, finite, html_number, html_plots, html_table, html_text
+from fifa.report.page import Section, html_number, html_plots, html_table, html_text
 from fifa.report.prompt_map import KEPT_SHOWN, OTHERS_SHOWN, PromptMap, html_map, prompt_map
 from fifa.scoring import SCORES, read_manifest
 from fifa.selection import SELECTORS, Terms

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fifa.config import finite
 from fifa.filtering import CHOSEN, DENIED, FULL, LOWER, POOR, TIE, UNJUDGED
 from fifa.images import decode
 from fifa.pairs import PairTable
-from fifa.report.page import Card, Picture, Section, finite, html_images
+from fifa.report.page import Card, Picture, Section, html_images
 
 SHOWN = (
     (CHOSEN, "Kept: highest importance first", "descending"),

@@ -231,12 +231,3 @@ def html_plot(figure: Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Several figures share a page: their ids must not meet.
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{fingerprint(svg)}-", svg)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: a share of no pairs is null."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -8,14 +8,12 @@ at 0, which changes no order between positive scores and stops gradients below).
 
 from __future__ import annotations
 
-import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fifa.config import InputError
+from fifa.config import InputError, quiet_libraries
 from fifa.rewards.network import NetworkReward, is_hub_id, missing, precision
 from fifa.rewards.pixels import Preprocess, of_open_clip
 
@@ -83,7 +81,7 @@ def load_open_clip(spec: str, reward: str) -> tuple[Any, Callable[..., Any], Pre
 
     name, weights = _address(spec, reward)
     try:
-        with _quiet():
+        with quiet_libraries():
             model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
             tokenize = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
@@ -92,17 +90,6 @@ def load_open_clip(spec: str, reward: str) -> tuple[Any, Callable[..., Any], Pre
             raise InputError(f"reward '{reward}': cannot load {spec} ({reason})") from None
         raise missing(reward, f"the open_clip model {spec}", _repository(spec), error) from None
     return model, tokenize, of_open_clip(model.visual.preprocess_cfg, f"reward '{reward}'")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines from open_clip, which tells through the root logger what it raises as well."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _address(spec: str, reward: str) -> tuple[str, str | None]:

@@ -222,34 +222,45 @@ def load_proxy(path: str | Path) -> tuple[Proxy, dict[str, Any], Encoder]:
     Raises InputError for a folder that is none, is damaged, or whose encoder has changed.
     """
     folder = Path(path).expanduser()
-    facts = read_facts(folder)
-    encoder = load_encoder(facts["encoder"])
-    if encoder.version != facts["encoder_version"]:
-        raise InputError(
-            f"{folder} was fitted on encoder '{facts['encoder']}' of version "
-            f"{facts['encoder_version']}, the one found is {encoder.version}; fit it again"
-        )
+    facts = read_facts(folder / FACTS, VERSION, "fifa reward fit")
+    absent = {"kind", "width", "hidden"} - facts.keys()
+    if absent:
+        raise InputError(f"{folder / FACTS} is damaged ({sorted(absent)[0]} is missing); fit again")
+    encoder = encoder_of(facts, folder)
     proxy = _built(facts, folder)
     file = folder / TENSORS
     fill(proxy, read_weights(file, FittedReward.name), file, FittedReward.name)
     return proxy.eval().requires_grad_(False), facts, encoder
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """`proxy.json` of a folder; InputError if there is none or it is not of this format."""
-    file = folder / FACTS
+def read_facts(file: Path, version: int, command: str) -> dict[str, Any]:
+    """What a fitted folder says of itself in JSON, its encoder at least.
+
+    InputError if there is no such file, it is damaged, or not of this format.
+    """
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(
-            f"{folder} holds no fitted proxy (no readable {FACTS}); `fifa reward fit` writes one"
+            f"{file.parent} holds nothing fitted (no readable {file.name}); `{command}` writes it"
         ) from None
-    if not isinstance(facts, Mapping) or facts.get("version") != VERSION:
-        raise InputError(f"{file} is not of format {VERSION}; fit the proxy again")
-    absent = {"kind", "width", "hidden", "encoder", "encoder_version"} - facts.keys()
+    if not isinstance(facts, Mapping) or facts.get("version") != version:
+        raise InputError(f"{file} is not of format {version}; fit again")
+    absent = {"encoder", "encoder_version"} - facts.keys()
     if absent:
-        raise InputError(f"{file} is damaged ({sorted(absent)[0]} is missing); fit the proxy again")
+        raise InputError(f"{file} is damaged ({sorted(absent)[0]} is missing); fit again")
     return dict(facts)
+
+
+def encoder_of(facts: Mapping[str, Any], folder: Path) -> Encoder:
+    """The encoder that a folder was fitted on; InputError if it has changed since."""
+    encoder = load_encoder(facts["encoder"])
+    if encoder.version != facts["encoder_version"]:
+        raise InputError(
+            f"{folder} was fitted on encoder '{facts['encoder']}' of version "
+            f"{facts['encoder_version']}, the one found is {encoder.version}; fit it again"
+        )
+    return encoder
 
 
 def _built(facts: Mapping[str, Any], folder: Path) -> Proxy:

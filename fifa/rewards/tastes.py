@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fifa.config import InputError, fingerprint, unknown
-from fifa.rewards.encoders import Encoder, load_encoder
+from fifa.rewards.encoders import Encoder
+from fifa.rewards.fitted import encoder_of, read_facts
 from fifa.rewards.heads import Standardise, joint, tower
 from fifa.rewards.network import fill, read_weights
 
@@ -205,20 +206,12 @@ def load_tastes(path: str | Path) -> tuple[TasteModel, dict[str, Any], Encoder]:
     Raises InputError for a folder that is none, is damaged, or whose encoder has changed.
     """
     folder = Path(path).expanduser()
+    facts = read_facts(folder / FACTS, VERSION, "fifa reward tastes")
+    encoder = encoder_of(facts, folder)
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"{folder} holds no tastes (no readable {FACTS}); `fifa reward tastes` writes them"
-        ) from None
-    if not isinstance(facts, Mapping) or facts.get("version") != VERSION:
-        raise InputError(f"{folder / FACTS} is not of format {VERSION}; fit the tastes again")
-    encoder = load_encoder(facts["encoder"])
-    if encoder.version != facts["encoder_version"]:
-        raise InputError(
-            f"{folder} was fitted on encoder '{facts['encoder']}' of version "
-            f"{facts['encoder_version']}, the one found is {encoder.version}; fit it again"
-        )
-    model = TasteModel(TasteShape(**facts["shape"]))
+        model = TasteModel(TasteShape(**facts["shape"]))
+        facts["users"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / FACTS} is damaged ({error}); fit again") from None
     fill(model, read_weights(folder / TENSORS, TasteReward.name), folder / TENSORS, "tastes")
-    return model.eval().requires_grad_(False), dict(facts), encoder
+    return model.eval().requires_grad_(False), facts, encoder

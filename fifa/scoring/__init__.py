@@ -18,13 +18,10 @@ to the same table.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fifa.config import InputError, atomic_path, write_atomic
+from fifa.config import InputError, atomic_path, only_writer, write_atomic
 from fifa.embed import STORE, Embedder, Vectors, cache_path, count_cut, embed, load_embedder
 from fifa.judge import CachedJudge, QualityJudge, load_judge
 from fifa.knn import find_neighbours
@@ -110,7 +107,7 @@ def score(
     """
     # With Ray this process scores nothing and may have no GPU: it asks for names and versions.
     scorer = load_scorer(config, "cpu" if config.ray else config.device)
-    with _only_writer(config.out):
+    with only_writer(config.out, ".lock", "writing scores to"):
         manifest = _manifest(config, scorer)
         _check_same(config.out, manifest)
         write_atomic(config.out / MANIFEST, _json({**manifest, "complete": False}))
@@ -256,26 +253,6 @@ def read_manifest(folder: Path, must_be_complete: bool = True) -> dict[str, Any]
             f"the scores in {folder} are not complete; run `fifa score` again to finish"
         )
     return manifest
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases however the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing scores to {folder}") from None
-        for left_over in folder.rglob(".tmp-*"):  # of a process that was killed
-            left_over.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # ---- the whole table -----------------------------------------------------------------------------

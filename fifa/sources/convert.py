@@ -12,7 +12,6 @@ and neither decodes nor writes what is done. The bytes of a picture are written 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import Field
 
-from fifa.config import InputError, atomic_path, fingerprint, write_atomic
+from fifa.config import InputError, atomic_path, fingerprint, only_writer, write_atomic
 from fifa.images import FORMATS, decode
 from fifa.pairs import IMAGE_COLUMNS, MAX_PROMPT, BadRow, Judgment, RowError, check_prompt
 from fifa.sources import load_source
@@ -124,7 +122,7 @@ def convert(config: ConvertConfig, progress: Progress = no_progress) -> Counts:
     out, work = config.out, config.out.with_name(f".{config.out.name}.partial")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; choose another folder or delete it")
-    with _only_writer(work):
+    with only_writer(work, ".parts/lock", "converting into"):
         settings = _settings(config)
         counts = _resumed(work, settings)
         job = _Job(config, work, settings, counts, progress)
@@ -151,26 +149,6 @@ def _why(counts: Counts) -> str:
 
 
 # ---- the folder ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _only_writer(work: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases however the process ends."""
-    try:
-        (work / _STATE).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / ".parts" / "lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise InputError(f"cannot write to {work}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is converting into {work}") from None
-        for left_over in work.rglob(".tmp-*"):  # of a process that was killed
-            left_over.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _settings(config: ConvertConfig) -> dict[str, Any]:
