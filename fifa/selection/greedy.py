@@ -33,7 +33,7 @@ def lazy_greedy(terms: Terms, k: int, cap: int | None = None) -> Ints:
     """The exact greedy set of k pairs, at most `cap` of a group; best first, fewer if none is left.
 
     Prompts whose bound reaches the best gain are kept in a pool, in which all gains are up to date;
-    a pick costs a product of the pool with the new member and those that it takes a neighbour from.
+    a pick costs a product of the pool with the new member.
     """
     offers, crowd = Offers(terms, cap), _Crowd(terms, min(k, len(terms)))
     pool = _Pool(offers, crowd)
@@ -51,7 +51,7 @@ def lazy_greedy(terms: Terms, k: int, cap: int | None = None) -> Ints:
 
 
 def stochastic_greedy(
-    terms: Terms, k: int, cap: int | None = None, seed: int = 0, epsilon: float = 0.01
+    terms: Terms, k: int, cap: int | None = None, seed: int = 0, epsilon: float = 0.001
 ) -> Ints:
     """Each pick is the best of a random sample of (n / k) log(1 / epsilon) prompts; best first.
 
@@ -67,7 +67,8 @@ def stochastic_greedy(
     while len(picks) < k and len(open_ := offers.open()):
         sample = open_ if size >= len(open_) else np.sort(rng.choice(open_, size, replace=False))
         best, apart = _best_of(sample, offers, crowd, nearest)
-        crowd.add(best, nearest[best], apart)
+        nearer = crowd.nearer(apart)
+        crowd.add(best, nearest[best], nearer, apart[nearer])
         picks.append(offers.take(best))
     return np.array(picks, dtype=np.int64)
 
@@ -156,7 +157,8 @@ class _Crowd:
         self._weight, self._centre = terms.gamma / terms.spread, terms.centre
         self._members = np.empty((capacity, self.vectors.shape[1]), dtype=np.float32)
         self._ids = np.empty(capacity, dtype=np.int64)
-        self._own = np.empty(capacity, dtype=np.float32)
+        self.own = np.empty(capacity, dtype=np.float32)
+        self._inside = np.zeros(len(self.vectors), dtype=bool)
         self.size = 0
 
     def gain(self, value: Floats, nearest: Logs, harm: Floats | float = 0.0) -> Floats:
@@ -164,39 +166,60 @@ class _Crowd:
         change = nearest.astype(np.float64) + harm - self._centre
         return np.round(value + self._weight * change, _DIGITS)
 
-    def log_distances(self, prompts: Ints, since: int = 0) -> Logs:
-        """Between members, from number `since` on, and prompts: (S, B)."""
-        return self.between(slice(since, self.size), self.vectors[prompts], prompts)
+    def log_distances(self, prompts: Ints) -> Logs:
+        """Between all members and prompts: (S, B)."""
+        return self.between(slice(0, self.size), self.vectors[prompts], prompts)
 
     def between(self, members: slice | Ints, vectors: NDArray[np.float32], prompts: Ints) -> Logs:
         """Between those members and prompts, whose vectors are given: (M, B)."""
-        squared = self._members[members] @ vectors.T
-        np.multiply(squared, -2, out=squared)
+        return self._log_distance(self._cosines(members, vectors, prompts))
+
+    def log_nearest(self, prompts: Ints, since: int) -> Logs:
+        """From prompts to the nearest of the members from number `since` on: (B,)."""
+        cosines = self._cosines(slice(since, self.size), self.vectors[prompts], prompts)
+        return self._log_distance(cosines.max(axis=0))
+
+    def _cosines(
+        self, members: slice | Ints, vectors: NDArray[np.float32], prompts: Ints
+    ) -> NDArray[np.float32]:
+        cosines = self._members[members] @ vectors.T
+        inside = np.flatnonzero(self._inside[prompts])
+        if len(inside):  # rounding must not part a prompt from itself
+            same = self._ids[members][:, None] == prompts[inside]
+            cosines[:, inside] = np.where(same, np.float32(1), cosines[:, inside])
+        return cosines
+
+    def _log_distance(self, cosines: NDArray[np.float32]) -> Logs:
+        squared = np.multiply(cosines, np.float32(-2), out=cosines)
         squared += np.float32(2)
-        squared[self._ids[members][:, None] == prompts] = 0
         np.maximum(squared, self._floor**2, out=squared)
-        return np.log(squared, out=squared) / np.float32(2)
+        np.log(squared, out=squared)
+        return np.multiply(squared, np.float32(0.5), out=squared)
 
     def nearest_and_harm(self, apart: Logs) -> tuple[Logs, Floats]:
         """Log distance to S and harm of prompts with those log distances (S, B) to all members."""
-        own = self._own[: self.size, None]
+        own = self.own[: self.size, None]
         nearest = apart.min(axis=0, initial=LOG_DIAMETER)
         return nearest, np.minimum(0, apart - own).sum(axis=0, dtype=np.float64)
 
-    def add(self, prompt: int, nearest: np.float32, apart: Logs) -> tuple[Ints, Logs, Logs]:
-        """Put a prompt into S, given its log distances (S,); who got nearer, from what, to what."""
-        own = self._own[: self.size]
-        nearer = np.flatnonzero(apart < own)
-        before, after = own[nearer], apart[nearer]
-        own[nearer] = after
+    def nearer(self, apart: Logs) -> Ints:
+        """Members that a prompt with those log distances (S,) would be nearest to."""
+        return np.flatnonzero(apart < self.own[: self.size])
+
+    def add(self, prompt: int, nearest: np.float32, nearer: Ints, after: Logs) -> None:
+        """Put a prompt into S; the members `nearer` now have it at log distances `after`."""
+        self.own[nearer] = after
         at = self.size
-        self._members[at], self._ids[at], self._own[at] = self.vectors[prompt], prompt, nearest
+        self._members[at], self._ids[at], self.own[at] = self.vectors[prompt], prompt, nearest
+        self._inside[prompt] = True
         self.size += 1
-        return nearer, before, after
 
 
 class _Pool:
-    """Prompts whose gains are kept up to date, and bounds for all others."""
+    """Prompts whose gains are kept up to date, and bounds for all others.
+
+    Of a prompt in the pool only those members matter that it would be nearest to, a handful.
+    """
 
     def __init__(self, offers: Offers, crowd: _Crowd) -> None:
         self._offers, self._crowd = offers, crowd
@@ -206,7 +229,9 @@ class _Pool:
         self._bound = crowd.gain(offers.value, self._nearest)
         self._ids = np.empty(0, dtype=np.int64)
         self._vectors = np.empty((0, crowd.vectors.shape[1]), dtype=np.float32)
-        self._harm = np.empty(0)
+        self._slot = np.empty(0, dtype=np.int64)  # the prompt in this place of the pool would be
+        self._member = np.empty(0, dtype=np.int64)  # nearest to this member
+        self._to = np.empty(0, dtype=np.float32)  # at this log distance
 
     def best(self) -> tuple[float, int]:
         """The largest gain in the pool and where it is, -inf if there is none."""
@@ -218,8 +243,10 @@ class _Pool:
         return float(best), int(ties[np.argmin(self._offers.pairs(self._ids[ties]))])
 
     def _gains(self) -> Floats:
+        lost = self._to.astype(np.float64) - self._crowd.own[self._member]
+        harm = np.bincount(self._slot, weights=lost, minlength=len(self._ids))
         value = self._offers.value[self._ids]
-        return self._crowd.gain(value, self._nearest[self._ids], self._harm)
+        return self._crowd.gain(value, self._nearest[self._ids], harm)
 
     def outside_from(self, best: float) -> Ints:
         """Some prompts outside the pool whose bound reaches `best`, those of the largest bounds."""
@@ -234,8 +261,8 @@ class _Pool:
         stale = prompts[self._measured[prompts] < size]
         if len(stale):
             since = int(self._measured[stale].min())
-            apart = self._crowd.log_distances(stale, since)
-            self._nearest[stale] = np.minimum(self._nearest[stale], apart.min(axis=0))
+            newly = self._crowd.log_nearest(stale, since)
+            self._nearest[stale] = np.minimum(self._nearest[stale], newly)
             self._measured[stale] = size
             self._bound[stale] = self._crowd.gain(self._offers.value[stale], self._nearest[stale])
         else:
@@ -250,29 +277,38 @@ class _Pool:
             out = self._ids[~keep]
             self._bound[out] = bound[~keep]
             self._measured[out] = self._crowd.size
-            self._ids, self._harm = self._ids[keep], self._harm[keep]
-            self._vectors = self._vectors[keep]
+            self._ids, self._vectors = self._ids[keep], self._vectors[keep]
+            self._keep(keep[self._slot])
+            self._slot = (np.cumsum(keep) - 1)[self._slot]
 
     def _admit(self, prompts: Ints) -> None:
         apart = self._crowd.log_distances(prompts)
-        self._nearest[prompts], harm = self._crowd.nearest_and_harm(apart)
+        self._nearest[prompts] = apart.min(axis=0, initial=LOG_DIAMETER)
         self._bound[prompts] = -np.inf
+        member, column = np.nonzero(apart < self._crowd.own[: self._crowd.size, None])
+        self._note(column + len(self._ids), member, apart[member, column])
         self._ids = np.concatenate([self._ids, prompts])
-        self._harm = np.concatenate([self._harm, harm])
         self._vectors = np.concatenate([self._vectors, self._crowd.vectors[prompts]])
+
+    def _note(self, slot: Ints, member: Ints, to: Logs) -> None:
+        self._slot = np.concatenate([self._slot, slot])
+        self._member = np.concatenate([self._member, member])
+        self._to = np.concatenate([self._to, to])
+
+    def _keep(self, which: NDArray[np.bool_]) -> None:
+        self._slot, self._member, self._to = self._slot[which], self._member[which], self._to[which]
 
     def pick(self, slot: int) -> int:
         """Take the pair of that place into S and bring the pool up to date."""
         prompt, crowd = int(self._ids[slot]), self._crowd
-        own = self._nearest[prompt]
-        apart = crowd.log_distances(np.array([prompt]))[:, 0]
-        nearer, before, after = crowd.add(prompt, own, apart)
-        to_pool = crowd.between(np.append(nearer, crowd.size - 1), self._vectors, self._ids)
-        for i, (old, new) in enumerate(zip(before, after, strict=True)):
-            self._harm += np.minimum(0, to_pool[i] - new, dtype=np.float64)
-            self._harm -= np.minimum(0, to_pool[i] - old, dtype=np.float64)
-        self._harm += np.minimum(0, to_pool[-1] - own, dtype=np.float64)
-        self._nearest[self._ids] = np.minimum(self._nearest[self._ids], to_pool[-1])
+        own, mine = self._nearest[prompt], self._slot == slot
+        crowd.add(prompt, own, self._member[mine], self._to[mine])
+        self._keep(self._to < crowd.own[self._member])
+        newest = np.array([crowd.size - 1])
+        to_pool = crowd.between(newest, self._vectors, self._ids)[0]
+        self._nearest[self._ids] = np.minimum(self._nearest[self._ids], to_pool)
+        nearer = np.flatnonzero(to_pool < own)
+        self._note(nearer, np.repeat(newest, len(nearer)), to_pool[nearer])
         pair = self._offers.take(prompt)
         self._bound[self._offers.closed] = -np.inf
         return pair
