@@ -382,7 +382,7 @@ def rewards() -> None:
 def reward_fit(
     pairs: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
     out: Annotated[Path, typer.Option(help="Folder for the proxy and its model card.")],
-    kind: Annotated[str | None, typer.Option(help="scalar, pairwise or objectives.")] = None,
+    kind: Annotated[str | None, typer.Option(help="scalar, pairwise, objectives or lora.")] = None,
     encoder: Annotated[
         str | None, typer.Option(help="Frozen features: mini, clip:..., transformers:...")
     ] = None,
