@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from fifa.config import Config, InputError, load_config
+from fifa.config import Config, InputError, calm_libraries, load_config
 
 if TYPE_CHECKING:
     from fifa.bench import Quarter, Share
@@ -41,6 +41,7 @@ app.add_typer(reward_app, name="reward")
 
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2."""
+    calm_libraries()
     try:
         app()
     except InputError as error:
