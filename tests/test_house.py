@@ -26,6 +26,7 @@ ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
         " | features | selection, bench, denylist | proxies | scoring, filtering, sweep, report"
+        " | rewardbench"
         " | __init__ | cli | __main__"
     ),
     "d3po": (
