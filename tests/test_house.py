@@ -33,7 +33,7 @@ ORDER = {
         "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
         " | offline, held_out, online, evaluate, annotate, export"
-        " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
+        " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)
