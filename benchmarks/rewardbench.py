@@ -5,8 +5,8 @@
 
 synthetic: 16 rewards that are the truth plus a corruption of their own in each of four scenarios,
 300 pairs a scenario, four noisy judges who must all agree, a weak panel that drops the obvious and
-the hopeless. Each reward then picks the best of 16 fresh candidates of 300 prompts a scenario, whose
-true quality is what it brings. Labels, difficulty, accuracy and macro mean are the functions of
+the hopeless. Each reward then picks the best of 16 candidates of 300 prompts a scenario; their true
+quality is what it brings. Labels, difficulty, accuracy and macro mean are the functions of
 `fifa.rewardbench`.
 
 pixels: real rewards on a bench of the mini world, and on 16 candidates of each of 120 prompts by

@@ -101,7 +101,9 @@ def _sections(run: Run) -> list[Section]:
         ("By scenario", html_plot(figure(run.standings)) + _by_scenario(run)),
     ]
     if any(item.band for item in run.counted):
+        cells = [line for s in run.standings[:_DRAWN] for line in _cell_lines(s)]
         sections.append(("By difficulty", html_table([_band_line(s) for s in run.standings])))
+        sections.append(("By scenario and difficulty", html_table(cells)))
     cards = _cards(run.counted)
     if cards:
         sections.append(("What the scenarios are", html_images(cards)))
@@ -134,6 +136,11 @@ def shown(part: Share) -> str:
     return f"{part.value:.3f} [{part.low:.3f}, {part.high:.3f}]" if part.pairs else "–"
 
 
+def _narrow(part: Share) -> str:
+    """The same with two digits, on one line of a crowded table."""
+    return f"{part.value:.2f}\u00a0[{part.low:.2f},\u00a0{part.high:.2f}]" if part.pairs else "–"
+
+
 def _named(standing: Standing) -> str:
     return standing.reward + (" *" if standing.on_panel else "")
 
@@ -158,7 +165,7 @@ def _by_scenario(run: Run) -> str:
     empty = Share(0, float("nan"), float("nan"), float("nan"))
     return html_table(
         [
-            {"reward": _named(s), **{n: shown(s.scenarios.get(n, empty)) for n in names}}
+            {"reward": _named(s), **{n: _narrow(s.scenarios.get(n, empty)) for n in names}}
             for s in run.standings
         ]
     )
@@ -166,6 +173,17 @@ def _by_scenario(run: Run) -> str:
 
 def _band_line(standing: Standing) -> dict[str, Any]:
     return {"reward": _named(standing), **{band: shown(standing.bands[band]) for band in BANDS}}
+
+
+def _cell_lines(standing: Standing) -> list[dict[str, Any]]:
+    return [
+        {
+            "reward": _named(standing),
+            "scenario": name,
+            **{band: _narrow(cell[band]) for band in BANDS},
+        }
+        for name, cell in standing.cells.items()
+    ]
 
 
 def figure(standings: Sequence[Standing]) -> Figure:
