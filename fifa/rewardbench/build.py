@@ -7,7 +7,7 @@ same seed holds every pair of a smaller one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -22,7 +22,7 @@ from fifa.rewardbench.pairwise import Progress, margins_of, pictures_of
 from fifa.rewardbench.scenarios import SCENARIOS, Draft, draft
 from fifa.rewardbench.settings import BuildConfig
 from fifa.rewardbench.table import Item, refuse_existing, with_difficulty, write_bench
-from fifa.rewards import load_reward
+from fifa.rewards import Reward, load_reward
 from fifa.rewards.nuisance import measure
 
 
@@ -40,11 +40,12 @@ def build(
     if least > len(judges):
         raise InputError(f"agree is {least}, but there are only {len(judges)} judges")
     refuse_existing(config.out)
+    panel = [load_reward(name) for name in config.panel]
     items: list[Item] = []
     for scenario in scenarios:
         items += _scenario(scenario, config, least)
         progress("drawing pairs", len(items), len(scenarios) * config.pairs)
-    rated = rated_by(items, config.panel, progress)
+    rated = rated_by(items, panel, progress)
     facts = {
         "source": "mini world",
         "settings": {
@@ -53,13 +54,9 @@ def build(
             "agree": least,
         },
         "panel": list(config.panel),
-        "judges": {name: _told(name) for name in judges},
+        "judges": {name: asdict(JUDGES[name]) for name in judges},
     }
     return write_bench(config.out, rated, facts)
-
-
-def _told(name: str) -> dict[str, Any]:
-    return asdict(replace(JUDGES[name], bias=dict(JUDGES[name].bias)))
 
 
 def _known(what: str, names: Sequence[str], table: dict[str, Any]) -> tuple[str, ...]:
@@ -133,13 +130,16 @@ def _chance(config: BuildConfig, key: int, number: int, judge: str) -> np.random
     return np.random.default_rng([config.seed, 0x6A7564, key, number, list(JUDGES).index(judge)])
 
 
-def rated_by(items: Sequence[Item], panel: Sequence[str], progress: Progress) -> tuple[Item, ...]:
+def rated_by(
+    items: Sequence[Item], panel: Sequence[Reward], progress: Progress
+) -> tuple[Item, ...]:
     """The items with the difficulty that a panel of rewards finds; of none without a panel."""
-    places = {item.id: i for i, item in enumerate(items)}
-    pairs, _ = pictures_of(items)
-    where = [places[pair.item.id] for pair in pairs]
     margins = np.full((len(panel), len(items)), np.nan)
-    for row, name in enumerate(panel):
-        margins[row, where] = margins_of(load_reward(name), pairs, 256, progress=progress).margin
+    if panel:
+        places = {id(item): i for i, item in enumerate(items)}
+        pairs, _ = pictures_of(items)
+        where = [places[id(pair.item)] for pair in pairs]
+        for row, reward in enumerate(panel):
+            margins[row, where] = margins_of(reward, pairs, 256, progress=progress).margin
     label: NDArray[np.int8] = np.array([item.label for item in items], np.int8)
     return with_difficulty(items, difficulty(margins, label))

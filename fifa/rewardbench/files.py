@@ -104,10 +104,11 @@ def _parquet_rows(
                 absent = [name for name in needed if name not in table.schema_arrow.names]
                 if absent:
                     raise InputError(f"{file} has no column '{absent[0]}'")
+                name = str(file.relative_to(path).with_suffix("")) if path.is_dir() else file.stem
                 row = 0
                 for batch in table.iter_batches(batch_size=32):
                     for record in batch.to_pylist():
-                        yield f"{file.stem}-{row}", file, record
+                        yield f"{name}-{row}", file, record
                         row += 1
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]

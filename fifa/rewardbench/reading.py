@@ -19,6 +19,7 @@ from fifa.rewardbench.judges import agreed, majority
 from fifa.rewardbench.pairwise import LISTED, Progress
 from fifa.rewardbench.settings import ReadConfig
 from fifa.rewardbench.table import Item, refuse_existing, write_bench
+from fifa.rewards import load_reward
 
 KINDS: dict[str, Callable[[Path, Path | None], Found]] = {
     "pairs": files.pairs,
@@ -47,6 +48,7 @@ def read(
     if config.kind not in KINDS:
         raise unknown("kind of bench files", config.kind, KINDS)
     refuse_existing(config.out)
+    panel = [load_reward(name) for name in config.panel]
     items: list[Item] = []
     reasons: Counter[str] = Counter()
     examples: list[str] = []
@@ -65,7 +67,7 @@ def read(
         "set_aside": dict(reasons),
         "examples": examples,
     }
-    return write_bench(config.out, rated_by(items, config.panel, progress), facts)
+    return write_bench(config.out, rated_by(items, panel, progress), facts)
 
 
 def _limited(found: Found, limit: int | None) -> Iterator[Item | Aside]:
