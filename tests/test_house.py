@@ -26,13 +26,14 @@ ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
         " | features | selection, bench, denylist | proxies | scoring, filtering, sweep, report"
+        " | rewardbench"
         " | __init__ | cli | __main__"
     ),
     "d3po": (
         "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
         " | offline, held_out, online, evaluate, export"
-        " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
+        " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)

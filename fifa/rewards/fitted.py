@@ -152,6 +152,17 @@ class FittedReward:
         members = torch.cat(parts, dim=1).to(images.device)
         return members.mean(0), members.std(0, correction=0)
 
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Logits (N,) that the first picture is preferred: of a pairwise proxy, what it learned.
+
+        The mean over its members; any other proxy compares by its scores.
+        """
+        if not isinstance(self.proxy, HeadProxy) or self.proxy.facts["kind"] != "pairwise":
+            return self(first, prompts) - self(second, prompts)
+        pairs = zip(self._batches(first, prompts), self._batches(second, prompts), strict=True)
+        logits = [self.proxy.compare(a, b, texts).mean(0) for (a, _, texts), (b, _, _) in pairs]
+        return torch.cat(logits).to(first.device)
+
     def explain(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Rewards (N, K) and coefficients (N, K) of an objectives proxy; total = sum of products.
 
