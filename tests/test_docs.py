@@ -30,6 +30,7 @@ SMALLER = {
     r"(benchmarks/tastes\.py)": r"\1 --people 6 --newcomers 2 --pixel-people 2",
     r"--others \d+": "--others 200",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
+    r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",
     r"(benchmarks/filter\.py)": r"\1 --small",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",
