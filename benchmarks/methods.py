@@ -42,6 +42,7 @@ ONLINE = {
 # margin, in errors, is what 120 gentle steps can reach; without a reference as published.
 STORED = {
     "dpo": ["objective={name: dpo, beta: 2000}"],
+    "dpo, inverted": ["objective={name: dpo, beta: 2000}", "offline.path=inverted"],
     "d3po_clipped": ["objective={name: d3po_clipped, beta: 2000, options: {clip: 0.01}}"],
     "ipo": ["objective={name: ipo, beta: 500}"],
     "hinge": ["objective={name: hinge, beta: 2000}"],

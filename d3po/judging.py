@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,41 @@ class RewardJudge:
         """Scores (N, R), a column for each reward."""
         columns = [score_images(reward, images, prompts) for reward in self.rewards]
         return torch.stack(columns, 1).double().cpu().numpy()
+
+
+class Hearing:
+    """The judging of one round: pictures come in as they are drawn, scores are asked for after.
+
+    Rewards look at single pictures and get them in the parts that they came in. With
+    `while_sampling` they begin at once, in a thread of their own, and see the same parts in the
+    same order; what they raise is raised where the scores are asked for. Whoever judges groups
+    gets the whole round at the end.
+    """
+
+    def __init__(self, judge: Judge, while_sampling: bool) -> None:
+        self.judge = judge
+        self._pool = ThreadPoolExecutor(1, "judge") if while_sampling else None
+        self._parts: list[Callable[[], Scores]] = []
+
+    def __enter__(self) -> Hearing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def hear(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """The next pictures (n, 3, H, W) of the round."""
+        if not isinstance(self.judge, RewardJudge):
+            return
+        work = partial(self.judge, images, prompts, ())
+        self._parts.append(work if self._pool is None else self._pool.submit(work).result)
+
+    def scores(self, images: Tensor, prompts: Sequence[str], places: Sequence[Place]) -> Scores:
+        """Scores (N, R) of the round, all of whose pictures were heard."""
+        if not isinstance(self.judge, RewardJudge):
+            return self.judge(images, prompts, places)
+        return np.concatenate([part() for part in self._parts])
 
 
 class FileJudge:

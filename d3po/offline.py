@@ -1,5 +1,7 @@
 """Offline: pairs from a table, encoded once, then re-noised and compared (Diffusion-DPO).
 
+Or compared at points of an inverted path, in place of fresh noise: see inversion.
+
 The data set is decoded and encoded before training, into memory-mapped arrays whose folder name is
 a fingerprint of the rows, the encoders and the settings, so a second run finds them and no run
 trains on stale ones. The loop itself needs neither VAE nor text encoder. A row that is no pair, or
@@ -24,18 +26,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.generate import encode_prompts
+from d3po.inversion import InversionConfig, InvertedPaths
 from d3po.likelihood import renoise_logp
 from d3po.policy import Policy
 from d3po.reference import ReferenceScores
 from d3po.run import Run
 from d3po.sampling import Reduce, image_noise
+from d3po.speed import SpeedConfig, numerics
 from d3po.trainer import OptimConfig, reference_logp
 from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
 from fifa.config import Config, InputError, atomic_path, fingerprint, take_lock
@@ -65,6 +69,14 @@ class OfflineConfig(Config):
         description="Part of the noise schedule that pairs are re-noised to: 0 clean, 1 pure "
         "noise (published: all of it). The noisy half is where layout is decided.",
     )
+    path: Literal["renoise", "inverted"] = Field(
+        "renoise",
+        description="Where a picture's noisy latents come from. renoise: fresh noise "
+        "(Diffusion-DPO); inverted: its path back to noise under the reference (InPO).",
+    )
+    inversion: InversionConfig = Field(
+        InversionConfig(), description="How that path is made, for path inverted."
+    )
     noise_draws: int | None = Field(
         None,
         ge=1,
@@ -80,7 +92,7 @@ class OfflineConfig(Config):
         description="Numbers in the cache; an SD pair takes 128 KB as float32, each prompt 231 KB.",
     )
     encode_batch: int = Field(
-        32, ge=1, description="Pairs encoded at once; changes the speed only."
+        32, ge=1, description="Pairs encoded, or inverted, at once; changes the speed only."
     )
 
     @field_validator("noise")
@@ -89,6 +101,12 @@ class OfflineConfig(Config):
         if not 0 <= part[0] < part[1] <= 1:
             raise ValueError(f"must be two numbers 0 <= low < high <= 1, got {part}")
         return part
+
+    @model_validator(mode="after")
+    def _inversion_of_something(self) -> OfflineConfig:
+        if self.path != "inverted" and self.inversion != InversionConfig():
+            raise ValueError("inversion goes with path inverted, and only with it")
+        return self
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -391,6 +409,7 @@ class OfflineSource:
         run: Run,
         reduce: Reduce = "mean",
         wants: Wants = PAIRS,
+        speed: SpeedConfig | None = None,
     ) -> None:
         if wants.kind == "advantages":
             raise InputError(
@@ -402,18 +421,23 @@ class OfflineSource:
         self.config, self.optim, self.family, self.policy = config, optim, family, policy
         self.cache, self.run, self.reduce = cache, run, reduce
         self.pairs_per_update = optim.micro_batch * optim.accumulation * run.processes
+        self.numerics = run.first(  # one key for all, also where their devices differ
+            lambda: self._numerics(speed or SpeedConfig())
+        )
+        self.paths = self._inverted() if config.path == "inverted" else None
         wanted = wants.reference and config.noise_draws is not None
         self.reference = self._reference() if wanted else None
 
     def round(self, index: int) -> Round:
         """The one update of round `index`."""
         size, micro = self.pairs_per_update, self.optim.micro_batch
+        rows = range(len(self.cache)) if self.paths is None else self.paths.rows
         places = range(index * size, (index + 1) * size)
-        order = shuffled(self.run.config.seed, len(self.cache), places.start, places.stop)
-        draws = [self._draw(place // len(self.cache)) for place in places]
+        order = shuffled(self.run.config.seed, len(rows), places.start, places.stop)
+        draws = [self._draw(place // len(rows)) for place in places]
         if self.reference is not None:
             self.reference.ready(sorted(set(draws)))
-        own = [(draws[i], order[i]) for i in self.run.share(size)]
+        own = [(draws[i], rows[order[i]]) for i in self.run.share(size)]
         chunks = [self._chunk(own[i : i + micro]) for i in range(0, len(own), micro)]
         images = 1 if self.wants.kind == "pairs" else 2
         return Round({}, iter([Update(chunks, images * len(own))]))
@@ -436,7 +460,8 @@ class OfflineSource:
     def _reference(self) -> ReferenceScores:
         config, run = self.config, self.run
         choice = [run.config.seed, config.noise, config.empty_prompts, config.encode_batch]
-        how = [self.reduce, run.accelerator.mixed_precision, run.device.type]
+        path = None if self.paths is None else self.paths.key
+        how = [self.reduce, path, self.numerics]
         key = fingerprint(self.policy.fingerprint(), json.dumps([choice, how]))
 
         def score(draw: int, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -446,6 +471,32 @@ class OfflineSource:
 
         folder = self.cache.folder / f"reference-{key}"
         return ReferenceScores(folder, len(self.cache), config.encode_batch, score, run)
+
+    def _inverted(self) -> InvertedPaths:
+        config, run, batch = self.config, self.run, self.config.encode_batch
+        return InvertedPaths(
+            config.inversion,
+            config.noise,
+            batch,
+            self.family,
+            self.policy,
+            self.cache,
+            run,
+            self.numerics,
+        )
+
+    def _numerics(self, speed: SpeedConfig) -> list[Any]:
+        """What scores depend on besides weights, pairs and draws."""
+        schedule, run = self.family.schedule, self.run
+        places = [k << 60 for k in range(8)]
+        times = [schedule.random_time(place, (0.0, 1.0)) for place in places]
+        t = torch.tensor(times, dtype=schedule.time_dtype)
+        one = torch.ones(len(times), 1, dtype=torch.float64)
+        noise_levels = schedule.alpha_sigma(t)[1].tolist()
+        targets = schedule.target(one, 2 * one, t).flatten().tolist()
+        told = [v for _, v in sorted(vars(self.family).items()) if isinstance(v, (int, float))]
+        how = numerics(speed, run.device, run.accelerator.mixed_precision)
+        return [times, noise_levels, targets, told, how]
 
     def _draw(self, epoch: int) -> int:
         """Which of its times and noises a pair meets in this epoch."""
@@ -457,17 +508,27 @@ class OfflineSource:
         rows = np.array([row for _, row in pairs])
         x0 = torch.from_numpy(np.concatenate([self.cache.win[rows], self.cache.lose[rows]]))
         cond = self.cache.conditioning([self._prompt(*pair) for pair in pairs])
-        noise = image_noise([self._seed("noise", *p) for p in pairs], self.family.latent_shape, 0)
-        times = [self._time(*pair) for pair in pairs]
+        noise, times = self._noise(pairs)
         predict = guided(self.family, denoiser, cond.repeat(2).to(device))
         return renoise_logp(
             predict,
             self.family.schedule,
             x0.float().to(device),
-            noise.repeat(2, 1, 1, 1)[:, None].to(device),
-            torch.tensor(times * 2, dtype=self.family.schedule.time_dtype)[:, None],
+            noise[:, None].to(device),
+            times.repeat(2)[:, None],
             self.reduce,
         )
+
+    def _noise(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """The noise of winners and losers, (2Q, C, h, w), and the time of each pair, (Q,)."""
+        if self.paths is not None:
+            count = len(self.paths.points)
+            points = [self._seed("point", *pair) % count for pair in pairs]
+            return self.paths.noise([row for _, row in pairs], points), self.paths.times[points]
+        fresh = image_noise([self._seed("noise", *p) for p in pairs], self.family.latent_shape, 0)
+        times = [self._time(*pair) for pair in pairs]
+        schedule = self.family.schedule
+        return fresh.repeat(2, 1, 1, 1), torch.tensor(times, dtype=schedule.time_dtype)
 
     def _time(self, draw: int, row: int) -> float:
         """A time of the schedule, uniform over the part that is trained on."""

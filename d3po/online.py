@@ -32,7 +32,7 @@ from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.health.pictures import group_sums, picture_metrics
-from d3po.judging import Judge, Pairs, Place, Scores, strict_pairs
+from d3po.judging import Hearing, Judge, Pairs, Place, Scores, strict_pairs
 from d3po.likelihood import PathScore, log_peak, path_logp, path_score
 from d3po.policy import Policy
 from d3po.run import Run
@@ -72,6 +72,12 @@ class OnlineConfig(Config):
         None,
         description="Instead of judges: a JSON-lines file of human scores, see "
         "d3po.judging.FileJudge.",
+    )
+    judge_while_sampling: bool = Field(
+        False,
+        description="Judge pictures in a thread while the next ones are drawn, sampler.batch at a "
+        "time: the same scores, sooner where judges leave the sampling device idle (on the CPU "
+        "beside a GPU, or over a network).",
     )
     train_guidance: float | None = Field(
         None,
@@ -121,6 +127,8 @@ class OnlineConfig(Config):
             raise ValueError("window_start goes with steps window, and only with it")
         if self.labels is None and not self.judges:
             raise ValueError("online needs judges or labels")
+        if self.labels is not None and self.judge_while_sampling:
+            raise ValueError("judge_while_sampling goes with judges; people label a whole round")
         return self
 
 
@@ -235,11 +243,12 @@ class OnlineSource:
     def round(self, index: int) -> Round:
         """Sample and judge round `index`; its updates are to be made in order."""
         self.run.status("sampling")
-        rollout = self._sample(index)
-        self.run.status("judging")
-        scores = self.run.everywhere(
-            lambda: self.judge(rollout.images, rollout.prompts, rollout.places)
-        )
+        with Hearing(self.judge, self.config.judge_while_sampling) as hearing:
+            rollout = self._sample(index, hearing)
+            self.run.status("judging")
+            scores = self.run.everywhere(
+                lambda: hearing.scores(rollout.images, rollout.prompts, rollout.places)
+            )
         # a picture that is not finite beats nobody, loses to nobody, and has no advantage
         scores = np.where(rollout.finite[:, None], scores, np.nan)
         verdict, metrics = self._verdict(scores, len(rollout.places))
@@ -247,7 +256,7 @@ class OnlineSource:
         self.run.status("training")
         return Round(metrics, self._updates(index, rollout, verdict))
 
-    def _sample(self, index: int) -> Rollout:
+    def _sample(self, index: int, hearing: Hearing) -> Rollout:
         config, seed = self.config, self.run.config.seed
         first = index * config.groups
         chosen = shuffled(seed, len(self.prompts), first, first + config.groups)
@@ -261,18 +270,24 @@ class OnlineSource:
             for place in places
             for image in range(config.images)
         ]
-        parts = list(generate(self.family, self.policy.bare, self.sampler, orders, self.reduce))
-        latents = torch.cat([part.trajectory.latents for part in parts])
-        images = torch.cat([part.images for part in parts])
-        finite = latents.isfinite().flatten(1).all(1) & images.isfinite().flatten(1).all(1)
+        prompts = [order.prompt for order in orders]
+        parts, pictures, sound, start = [], [], [], 0
+        for part in generate(self.family, self.policy.bare, self.sampler, orders, self.reduce):
+            finite = _finite(part.trajectory.latents) & _finite(part.images)
+            images = torch.where(finite[:, None, None, None], part.images, 0.0)
+            hearing.hear(images, prompts[start : start + len(images)])
+            start += len(images)
+            parts.append(part)
+            pictures.append(images)
+            sound.append(finite)
         return Rollout(
             places,
-            [order.prompt for order in orders],
-            latents,
+            prompts,
+            torch.cat([part.trajectory.latents for part in parts]),
             Conditioning.cat([part.cond for part in parts]),
             torch.cat([part.trajectory.logp for part in parts]),
-            torch.where(finite[:, None, None, None], images, 0.0),
-            finite.cpu().numpy(),
+            torch.cat(pictures),
+            torch.cat(sound).cpu().numpy(),
         )
 
     def _own_groups(self) -> list[int]:
@@ -480,6 +495,11 @@ class OnlineSource:
             "tied": tied / groups,
         }
         return means, stds, metrics
+
+
+def _finite(values: Tensor) -> Tensor:
+    """(B,) whether all of each row's values are finite."""
+    return values.isfinite().flatten(1).all(1)
 
 
 def groups_per_update(config: OnlineConfig, optim: OptimConfig, processes: int) -> int:

@@ -231,7 +231,7 @@ def _source(
     if config.offline is not None:
         cache = cached_pairs(config.offline, family, run, held_out)
         return OfflineSource(
-            config.offline, config.optim, family, policy, cache, run, reduce, wants
+            config.offline, config.optim, family, policy, cache, run, reduce, wants, config.speed
         )
     assert config.online is not None  # the config's validator put it there
     judge, names = _judge(config.online, run)

@@ -136,6 +136,38 @@ def rollout(
     return Trajectory(torch.stack(latents, 1), grid, torch.stack(scores, 1), reduce)
 
 
+@torch.no_grad()
+def invert(
+    predict: Predict, grid: TimeGrid, schedule: Schedule, x_0: Tensor, iterations: int = 1
+) -> Tensor:
+    """Walk pictures x_0 (B, C, H, W) up a deterministic grid: (B, T+1, C, H, W), x_T first.
+
+    A step down is linear in x_t and in the prediction, x_s = c x_t + mean(0, pred), and is solved
+    for x_t. The prediction at x_t is needed before x_t is known: it is taken at x_s instead (DDIM
+    inversion, Song et al. 2021, section 4.3; Dhariwal & Nichol 2021, appendix F), and with more
+    `iterations` again at the x_t just found, whose fixed point is the exact inverse (Pan et al.
+    2023). In the dtype of x_0, as `rollout` stores paths. Raises InputError for a grid with noise,
+    or with a step that forgets where it came from.
+    """
+    if grid.stochastic:
+        raise InputError("only a deterministic path can be inverted: use eta 0")
+    latents = [x_0]
+    for i in reversed(range(len(grid))):
+        x_s = x_t = latents[-1]
+        rows, one = _rows(i, len(x_0)), torch.ones(1, 1, dtype=torch.float64)
+        kept = float(step_mean(grid, schedule, i, one, torch.zeros_like(one)))
+        if not kept:
+            raise InputError(
+                "this model's last step keeps nothing of the latent before it (prediction 'sample'"
+                " with set_alpha_to_one): its paths cannot be inverted"
+            )
+        for _ in range(iterations):
+            pred = predict(x_t, grid.times[rows])
+            x_t = (x_s - step_mean(grid, schedule, rows, torch.zeros_like(x_s), pred)) / kept
+        latents.append(x_t)
+    return torch.stack(latents[::-1], 1)
+
+
 def image_noise(seeds: Sequence[int], shape: Sequence[int], step: int) -> Tensor:
     """Standard normal noise (B, *shape), float32 on the CPU, a stream per image and step.
 

@@ -121,6 +121,16 @@ def kernels(config: SpeedConfig, device: torch.device, precision: str) -> Iterat
             torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def numerics(config: SpeedConfig, device: torch.device, precision: str) -> list[Any]:
+    """What a network's output depends on besides its weights and input, if only in low digits.
+
+    For the keys of what is kept on disk; `precision` is accelerate's.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    own = [config.attention, config.tf32, config.channels_last, config.compile]
+    return [*own, precision, name, torch.__version__]
+
+
 def _check_tf32(config: SpeedConfig, device: torch.device) -> None:
     if not config.tf32:
         return

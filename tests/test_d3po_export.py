@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +14,17 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from conftest import build_tiny_sd
+from original_names import one_file
+from tiny_pipelines import save, sdxl
 
 from d3po.export import FORMATS, KOHYA_FILE, SINGLE_FILE, export
 from d3po.export.card import last_evaluation, model_card
 from d3po.export.original import open_clip_names, original_names, unet_names
-from d3po.families import load_family
+from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig, generate, independent_orders
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import RunFolder
@@ -32,10 +36,12 @@ PROMPT = "a red circle above a star"
 SAMPLER = SamplerConfig(steps=4, eta=0.0, guidance=3.0)
 
 
-def trained(model: Path, method: str, ema: float | None = None) -> Policy:
+def trained(
+    model: Path, method: str, ema: float | None = None, family: FamilyConfig | None = None
+) -> Policy:
     """A policy of rank 3 and alpha 6 whose weights have moved."""
     config = PolicyConfig(method=method, rank=3, alpha=6, ema_decay=ema)
-    policy = Policy(load_family(model), config)
+    policy = Policy(load_family(model, config=family), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in policy.trainable():
@@ -54,7 +60,7 @@ def painted_by_diffusers(pipe: Any, shape: tuple[int, int, int]) -> torch.Tensor
     """The same picture by diffusers' pipeline: same start, steps, guidance, no noise on the way."""
     from diffusers import DDIMScheduler
 
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     (order,) = independent_orders([PROMPT], 1, 5, [0])
     return pipe(
@@ -127,6 +133,35 @@ def test_what_diffusers_loads_paints_the_policys_picture(
     found = painted_by_diffusers(loaded(tiny_sd, form, out), policy.family.latent_shape)
     assert (found - wanted).abs().max() < 1e-3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary stays
+
+
+@pytest.mark.parametrize("form", ["merged", "denoiser"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_run_of_one_file_is_exported_too(
+    kind: str, form: str, tiny_sd: Path, tmp_path: Path
+) -> None:
+    from diffusers import AutoModel, DiffusionPipeline
+
+    folder = tiny_sd if kind == "sd" else save(sdxl, tmp_path / "sdxl")
+    file = one_file(DiffusionPipeline.from_pretrained(folder), tmp_path / "model.safetensors")
+    configs = shutil.copytree(
+        folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    described = FamilyConfig(description=str(configs))
+    policy, out = trained(file, "lora", family=described), tmp_path / "out"
+    export(policy, RunFolder(tmp_path / "run"), {**SETTINGS, "model": str(file)}, form, out)
+    if form == "merged":
+        pipe = DiffusionPipeline.from_pretrained(out)
+    else:
+        kinds = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+        card = (out / "README.md").read_text()
+        opened = f"{kinds[kind]}.from_single_file({str(file)!r}, config={str(configs)!r}"
+        assert f"pipe = {opened}, unet=AutoModel.from_pretrained('.'))" in card
+        assert f"from diffusers import AutoModel, {kinds[kind]}" in card
+        opener = getattr(diffusers, kinds[kind]).from_single_file
+        pipe = opener(str(file), config=str(configs), unet=AutoModel.from_pretrained(str(out)))
+    found = painted_by_diffusers(pipe, policy.family.latent_shape)
+    assert (found - painted(policy)).abs().max() < 1e-3
 
 
 def test_a_single_file_of_the_second_version(second_version: Path, tmp_path: Path) -> None:

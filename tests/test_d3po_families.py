@@ -23,7 +23,7 @@ from d3po import recipe
 from d3po.families import FAMILIES, Family, FamilyConfig, guided, load_family
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.policy import Policy, PolicyConfig
-from d3po.sampling import image_noise, path_noise, rollout, step_logp, step_mean
+from d3po.sampling import image_noise, invert, path_noise, rollout, step_logp, step_mean
 
 PROMPTS = ["a red circle above a blue square", "two small green triangles"]
 AT_64 = FamilyConfig(image_size=64)
@@ -226,6 +226,23 @@ def test_every_step_is_that_of_the_models_scheduler(subject: Subject, eta: float
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_an_inverted_path_leads_back_to_its_picture(subject: Subject) -> None:
+    """Walked down again by the pipeline and its own scheduler, from the noise that was found."""
+    family = subject.load()
+    predict = guided(family, family.denoiser, family.encode_text(PROMPTS))
+    x_0 = image_noise([3, 4], family.latent_shape, 0)  # as large as latents of real models
+    grid = family.schedule.grid(10, 0.0)
+    errors = []
+    for iterations in (1, 20):
+        path = invert(predict, grid, family.schedule, x_0, iterations)
+        assert path.shape == (2, 11, *family.latent_shape)
+        assert torch.equal(path[:, -1], x_0)
+        back = subject.paint(path[:, 0], 1.0, steps=10)
+        errors.append(float((back - family.decode(x_0)).abs().max()))
+    assert errors[1] < 1e-3 < errors[0]
+
+
 def test_rescoring_under_the_same_weights_is_bitwise_equal(subject: Subject) -> None:
     family = subject.load()
     cond, uncond = family.encode_text(PROMPTS), family.encode_text([""])
@@ -340,14 +357,15 @@ def test_a_round_of_d3po(subject: Subject, tmp_path: Path) -> None:
     assert update["grad_norm"] > 0
 
 
-def test_a_step_of_diffusion_dpo(subject: Subject, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["renoise", "inverted"])
+def test_a_step_of_diffusion_dpo(subject: Subject, tmp_path: Path, path: str) -> None:
     data = write_pairs(tmp_path / "pairs.parquet", rows=4)
     update = trained(
         subject,
         tmp_path / "run",
         method="dpo",
         objective={"name": "dpo", "beta": 2000.0},
-        offline={"data": str(data), "cache": str(tmp_path / "cache")},
+        offline={"data": str(data), "cache": str(tmp_path / "cache"), "path": path},
     )
     assert update["pairs"] > 0
     assert update["skipped"] == 0

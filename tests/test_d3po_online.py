@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from d3po.schedule import TimeGrid
 from d3po.trainer import Learner, OptimConfig, train_step
 from d3po.updates import Chunk
 from fifa.config import InputError
-from fifa.rewards import load_reward
+from fifa.rewards import Reward, load_reward
 
 PROMPTS = ["a red circle", "a blue square", "two small green triangles", "a white star", "a circle"]
 SAMPLER = SamplerConfig(steps=3, guidance=2.0, batch=4)
@@ -210,6 +211,74 @@ def test_scores_must_be_one_an_image_and_finite(tmp_path: Path, scores: str) -> 
         FileJudge(path, tmp_path, 2)
 
 
+# ---- judging while sampling ---------------------------------------------------------------------
+
+
+@dataclass
+class Watched:
+    """JPEG size, noting what it is asked, by whom, and after how many forwards of the network."""
+
+    name: str = "watched"
+    differentiable: bool = False
+    asked: list[tuple[int, str, list[str]]] = field(default_factory=list)
+    fails_at: int | None = None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.fails_at == len(self.asked):
+            raise InputError("the endpoint is gone")
+        self.asked.append((len(images), threading.current_thread().name, list(prompts)))
+        return load_reward("jpeg_incompressibility")(images, prompts)
+
+
+def test_judging_while_sampling_changes_when_and_nothing_else(start: Start) -> None:
+    rewards = Watched(), Watched()
+    found = []
+    for reward, at_once in zip(rewards, (False, True), strict=True):
+        judge = RewardJudge([reward])
+        _, source = start(judge=judge, judge_while_sampling=at_once)
+        round_ = source.round(1)
+        (update,) = round_.updates
+        found.append((round_.metrics, [(c.win, c.lose, c.ref) for c in update.chunks]))
+    assert found[0][0] == found[1][0]
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert found[0][0]["pairs"] > 0
+    sizes = [[size for size, _, _ in reward.asked] for reward in rewards]
+    assert sizes == [[4, 4, 4], [4, 4, 4]]  # sampler.batch, either way
+    assert [texts for *_, texts in rewards[0].asked] == [texts for *_, texts in rewards[1].asked]
+    assert {name for _, name, _ in rewards[0].asked} == {threading.current_thread().name}
+    assert {name.split("_")[0] for _, name, _ in rewards[1].asked} == {"judge"}
+
+
+def test_pictures_are_judged_before_the_last_ones_are_drawn(start: Start) -> None:
+    """Each part but the last waits at the judge until the next one is under way."""
+    drawing, reward = threading.Semaphore(0), Watched()
+
+    def patient(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if len(reward.asked) < 2:
+            assert drawing.acquire(timeout=60), "nothing is drawn while pictures are judged"
+        return reward(images, prompts)
+
+    patient.name = "patient"  # type: ignore[attr-defined]
+    patient.differentiable = False  # type: ignore[attr-defined]
+    _, source = start(judge=RewardJudge([cast(Reward, patient)]), judge_while_sampling=True)
+    steps = itertools.count()
+    source.policy.bare.register_forward_pre_hook(
+        lambda *_: drawing.release() if next(steps) in (3, 6) else None  # 3 steps a part
+    )
+    assert source.round(0).metrics["images"] == 12
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_a_judge_raises_is_raised_by_the_round(start: Start, at_once: bool) -> None:
+    judge = RewardJudge([Watched(fails_at=1)])
+    _, source = start(judge=judge, judge_while_sampling=at_once)
+    before = threading.active_count()
+    with pytest.raises(InputError, match=r"^the endpoint is gone$"):
+        source.round(0)
+    assert threading.active_count() == before
+
+
 # ---- which steps --------------------------------------------------------------------------------
 
 
@@ -277,6 +346,7 @@ def test_a_path_without_noise_cannot_be_trained_on() -> None:
         {"images": 1},
         {"steps": "middle"},
         {"steps": "early", "step_count": 2, "window_start": 1},
+        {"labels": "labels.jsonl", "judge_while_sampling": True},
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(settings: dict[str, Any]) -> None:

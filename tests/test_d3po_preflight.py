@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pair_files import write_pairs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -224,6 +225,26 @@ def test_settings_move_what_they_should(tiny_sd: Path, tmp_path: Path) -> None:
     assert full.memory["EMA"] == full.memory["the reference's copy"] == 4 * full.trained
     half = ahead(tiny_sd, tmp_path, "run.mixed_precision=bf16", device="cuda")
     assert half.memory["unet"] == 2 * half.parameters["unet"]
+
+
+def test_inverted_paths_are_counted(tiny_sd: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.parquet", 20)
+
+    def look(*overrides: str) -> Any:
+        stored = ["model=" + str(tiny_sd), "method=dpo", "objective={name: dpo, beta: 2000}"]
+        stored += [f"run.dir={tmp_path / 'x'}", f"offline.data={pairs}", *overrides]
+        return preflight.forecast(recipe.load(None, stored), "cpu", RATES, lambda: 1e6)
+
+    plain = look()
+    found = look("offline.path=inverted", "offline.inversion={steps: 6, iterations: 2}")
+    assert found.disk["inverted paths"] == 20 * 2 * 6 * 4 * (4 * 8 * 8)  # float32 latents
+    assert found.disk["encoded pairs"] == plain.disk["encoded pairs"]
+    assert found.seconds > plain.seconds
+    assert {*found.peaks} - {*plain.peaks} == {"inverting pairs"}
+    half = look("offline.path=inverted", "offline.noise=[0.5, 1]", "offline.cache_dtype=float16")
+    assert half.disk["inverted paths"] == 20 * 2 * 5 * 2 * (4 * 8 * 8)
+    guided = look("offline.path=inverted", "offline.inversion.guidance=3")
+    assert guided.peaks["inverting pairs"] > 1.5 * found.peaks["inverting pairs"]
 
 
 def test_the_verdict_is_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:

@@ -435,6 +435,7 @@ def settings(tiny_sd: Path, stored: Path, tmp_path: Path) -> Callable[..., list[
             f"objective={{name: {name}{BETAS.get(name, ', beta: 20')}}}",
             "optim={max_steps: 4, learning_rate: 1e-2, micro_batch: 1, accumulation: 2}",
             *(online if source == "online" else offline),
+            *(["offline.path=inverted"] if source == "inverted" else []),
             f"run={{dir: {tmp_path / folder}, checkpoint_every: 2}}",
             *more,
         ]
@@ -465,7 +466,9 @@ def test_a_resumed_run_is_the_straight_run(
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in updates)
 
 
-@pytest.mark.parametrize(("name", "source"), [("dpok", "online"), ("kto", "offline")])
+@pytest.mark.parametrize(
+    ("name", "source"), [("dpok", "online"), ("kto", "offline"), ("dpo", "inverted")]
+)
 def test_a_killed_run_is_the_straight_run(
     settings: Callable[..., list[str]], tmp_path: Path, name: str, source: str
 ) -> None:

@@ -32,6 +32,8 @@ SMALLER = {
     r"(fifa reward bench-build \S+) --pairs 100": r"\1 --pairs 4",
     r"--others \d+": "--others 200",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
+    r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",
+    r"(benchmarks/judging\.py) --turns 3": r"\1 --turns 1 --groups 2 --steps 2 --shares 1",
     r"(benchmarks/filter\.py)": r"\1 --small",
     r"(benchmarks/filters\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--prompts 2 --images 2",

@@ -32,6 +32,7 @@ ORDER = {
     "d3po": (
         "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
+        " | inversion"
         " | offline, held_out, online, evaluate, export"
         " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
     ),

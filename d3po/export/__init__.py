@@ -40,7 +40,7 @@ def export(
         FORMATS[form](policy, folder)
         evaluation = last_evaluation(run)
         picture = _before_after(run, evaluation, folder)
-        names = {"model": settings["model"], "part": policy.family.denoiser_folder}
+        names = {**_opening(policy, settings["model"]), "part": policy.family.denoiser_folder}
         card = model_card(settings, evaluation, LOADING[form].format(**names), picture)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -121,20 +121,31 @@ FORMATS: dict[str, Callable[[Policy, Path], None]] = {
     "single-file": export_single_file,
 }
 
-_BASE = "from diffusers import DiffusionPipeline\n\n"
+_BASE = "from diffusers import {kind}\n\n"
 LOADING: dict[str, str] = {
-    # how a reader of the card loads it; {model} is the base model, {part} its denoiser's name
-    "lora": _BASE
-    + "pipe = DiffusionPipeline.from_pretrained({model!r})\npipe.load_lora_weights('.')",
-    "kohya": _BASE + "pipe = DiffusionPipeline.from_pretrained({model!r})\n"
+    # how a reader of the card loads it, see `_opening`; {part} is the name of the base's denoiser
+    "lora": _BASE + "pipe = {opened})\npipe.load_lora_weights('.')",
+    "kohya": _BASE + "pipe = {opened})\n"
     f"pipe.load_lora_weights('.', weight_name='{KOHYA_FILE}')  # or ComfyUI's models/loras",
-    "denoiser": "from diffusers import AutoModel, DiffusionPipeline\n\n"
-    "pipe = DiffusionPipeline.from_pretrained({model!r}, {part}=AutoModel.from_pretrained('.'))",
-    "merged": _BASE + "pipe = DiffusionPipeline.from_pretrained('.')",
+    "denoiser": "from diffusers import AutoModel, {kind}\n\n"
+    "pipe = {opened}, {part}=AutoModel.from_pretrained('.'))",
+    "merged": "from diffusers import DiffusionPipeline\n\n"
+    "pipe = DiffusionPipeline.from_pretrained('.')",
     "single-file": "from diffusers import StableDiffusionPipeline as Pipeline  # or XL\n\n"
-    f"pipe = Pipeline.from_single_file('{SINGLE_FILE}', config={{model!r}})\n"
+    f"pipe = Pipeline.from_single_file('{SINGLE_FILE}', config={{described!r}})\n"
     "# or ComfyUI's models/checkpoints",
 }
+
+
+def _opening(policy: Policy, model: str) -> dict[str, str]:
+    """How the card opens the base model: a folder or Hub id, or one file and its description."""
+    source = policy.family.source
+    if source.description is None:
+        opened = f"DiffusionPipeline.from_pretrained({model!r}"
+        return {"kind": "DiffusionPipeline", "opened": opened, "described": model}
+    kind, described = str(source.index["_class_name"]), source.description
+    opened = f"{kind}.from_single_file({model!r}, config={described!r}"
+    return {"kind": kind, "opened": opened, "described": described}
 
 
 def _check_lora(policy: Policy) -> None:
@@ -147,9 +158,11 @@ def _check_lora(policy: Policy) -> None:
 
 def _merged(policy: Policy, nearby: Path) -> Any:
     """The pipeline of the base model with what was learned put into its denoiser."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(policy.family.name)
+    family = policy.family
+    one_file = family.source.description is not None
+    # a file of SD3 may be without T5, as it was then opened
+    lacks = one_file and getattr(family, "text_encoder_3", family) is None
+    pipe = family.source.pipeline(("text_encoder_3", "tokenizer_3") if lacks else ())
     with TemporaryDirectory(prefix=".tmp-", dir=nearby) as trained:
         policy.save(trained)
         if policy.config.method == "lora":

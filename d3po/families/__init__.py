@@ -76,6 +76,7 @@ class Family(Protocol):
     """
 
     name: str  # the folder, Hub id or file it was loaded from
+    source: Source  # where its parts are
     denoiser: nn.Module  # the bare network; a Policy makes (part of) it trainable
     schedule: Schedule
     latent_shape: tuple[int, int, int]  # (C, h, w)
@@ -164,6 +165,7 @@ def load_family(
     module, name = FAMILIES[kind].split(":")
     loader = getattr(importlib.import_module(module), name)
     family: Family = loader.load(source, dtype, device, config)
+    family.source = source
     return family
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,22 +46,38 @@ class Source:
             reason = first_line(error)
             raise InputError(f"model {self.name}: no usable {name}: {reason}") from error
 
-    def _of_one_file(self, classes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def pipeline(self, without: Collection[str] = ()) -> Any:
+        """The whole diffusers pipeline in float32, with None for some of its parts.
+
+        One file has no safety checker, which is None then. Raises InputError as `parts` does.
+        """
+        import diffusers
+
+        nothing = dict.fromkeys(without)
+        if self.description is not None:
+            return self._pipeline_of_one_file(torch.float32, nothing)
+        try:
+            return diffusers.DiffusionPipeline.from_pretrained(self.name, **nothing)
+        except UNREADABLE as error:
+            raise InputError(f"model {self.name}: {first_line(error)}") from error
+
+    def _pipeline_of_one_file(self, dtype: torch.dtype, nothing: Mapping[str, None]) -> Any:
         import diffusers
         from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-        pipeline = getattr(diffusers, self.index["_class_name"])
-        unwanted = {
-            name: None for name, kind in self.index.items() if _is_extra(kind, name, classes)
-        }
+        kind = getattr(diffusers, self.index["_class_name"])
         try:
-            pipe = pipeline.from_single_file(
-                self.name, config=self.description, torch_dtype=dtype, **unwanted
+            return kind.from_single_file(
+                self.name, config=self.description, torch_dtype=dtype, **nothing
             )
         except (*UNREADABLE, SingleFileComponentError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{self.name} does not hold the parts of {self.description}: {first_line(error)}"
             ) from error
+
+    def _of_one_file(self, classes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        unwanted = [name for name, kind in self.index.items() if _is_extra(kind, name, classes)]
+        pipe = self._pipeline_of_one_file(dtype, dict.fromkeys(unwanted))
         parts = {name: getattr(pipe, name) for name in classes}
         parts["scheduler"] = classes["scheduler"].from_config(pipe.scheduler.config)
         return parts
@@ -140,6 +156,7 @@ class PipelineFamily:
     Gradients do not need train mode.
     """
 
+    source: Source  # set by load_family
     denoiser_folder: ClassVar[str]  # "unet" or "transformer"
     pipeline: ClassVar[str]  # the diffusers pipeline that loads the LoRA
 

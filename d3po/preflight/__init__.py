@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from d3po.evaluate import EvalConfig
+from d3po.inversion import points_within
 from d3po.preflight.networks import Networks, load_outline, train_outline
 from d3po.preflight.playing import NOTHING, Played, play
 from d3po.preflight.rates import Rates, measured
@@ -95,7 +96,7 @@ def forecast(
         process=process(),
         updates=total,
         seconds_a_step=ahead.step.seconds,
-        seconds=total * ahead.step.seconds + ahead.evaluating.seconds,
+        seconds=total * ahead.step.seconds + ahead.evaluating.seconds + ahead.inversion(),
         flops_a_step=ahead.step.flops,
         disk=ahead.disk(),
         parameters=ahead.parameters,
@@ -123,6 +124,7 @@ class _Ahead:
         self.sampling = self._forward(self._guided(config.sampler.batch, config.sampler.guidance))
         self.decoding = self._decoding(config.sampler.batch)
         self.encoding = self._encoding()
+        self.inverting = self._inverting()
         self.trained = train_outline(networks, config.policy, self.compute)
         self.scoring = self._forward(self.rows)
         self.learning = self._learning()
@@ -188,6 +190,13 @@ class _Ahead:
         pictures = torch.empty(count, 3, side, side, device="meta", dtype=self.stored)
         with torch.no_grad():
             return self._play(lambda: vae.encode(pictures).latent_dist.mean.float())
+
+    def _inverting(self) -> Played:
+        """One step of the paths of a batch of stored pairs."""
+        offline = self.config.offline
+        if offline is None or offline.path != "inverted":
+            return NOTHING
+        return self._forward(self._guided(2 * offline.encode_batch, offline.inversion.guidance))
 
     def _learning(self) -> Played:
         """A micro-batch forward and back."""
@@ -263,6 +272,22 @@ class _Ahead:
         """Gradients are float32; the playing saw them in the type that is computed in."""
         return float((4 - self.compute.itemsize) * self.trained)
 
+    def inversion(self) -> float:
+        """Seconds that it takes to invert all pairs, once."""
+        offline = self.config.offline
+        if offline is None or self.inverting is NOTHING:
+            return 0.0
+        batches = self._pairs() / offline.encode_batch / self.processes
+        calls = offline.inversion.steps * offline.inversion.iterations
+        return batches * calls * self.inverting.seconds
+
+    def _pairs(self) -> int:
+        """At most: every row of the table; none if it is not there."""
+        offline = self.config.offline
+        if offline is None or not Path(offline.data).exists():
+            return 0
+        return PairTable.open(offline.data).num_rows
+
     def _rollouts(self) -> float:
         channels, height, width = self.networks.latent_shape
         path = 4 * channels * height * width * (self.config.sampler.steps + 1)
@@ -276,6 +301,8 @@ class _Ahead:
             found |= {"sampling": self.sampling, "decoding pictures": self.decoding}
         if self.config.offline is not None:
             found["encoding pairs"] = self.encoding
+            if self.config.offline.path == "inverted":
+                found["inverting pairs"] = self.inverting
         if self.config.policy.method == "full" and self.device != "cpu":
             copy = Played(4 * self.trained, 0.0, 0.0)  # the reference is swapped in from the CPU
             found["scoring the reference"] = Played(self.scoring.bytes + copy.bytes, 0.0, 0.0)
@@ -289,17 +316,16 @@ class _Ahead:
             "checkpoints": copies * trained * config.run.keep_checkpoints,
             "weights": trained,
         }
-        if config.offline is not None and Path(config.offline.data).exists():
-            found["encoded pairs"] = self._cache(PairTable.open(config.offline.data).num_rows)
+        offline, pairs = config.offline, self._pairs()
+        if offline is not None and pairs:
+            size = 2 if offline.cache_dtype == "float16" else 4
+            channels, height, width = self.networks.latent_shape
+            latents = 2.0 * channels * height * width * size
+            found["encoded pairs"] = pairs * (latents + self.networks.text_bytes() * size / 4)
+            if offline.path == "inverted":
+                points = points_within(offline.inversion.steps, offline.noise)
+                found["inverted paths"] = pairs * latents * len(points)
         return found
-
-    def _cache(self, pairs: int) -> float:
-        """At most: every row a pair, every prompt another."""
-        assert self.config.offline is not None
-        size = 2 if self.config.offline.cache_dtype == "float16" else 4
-        channels, height, width = self.networks.latent_shape
-        latents = 2 * channels * height * width * size
-        return float(pairs * (latents + self.networks.text_bytes() * size / 4))
 
     def advice(self, peaks: dict[str, Played]) -> list[str]:
         """Settings that lower the highest peak."""
@@ -308,7 +334,7 @@ class _Ahead:
         found = []
         if worst in ("sampling", "decoding pictures") and config.sampler.batch > 1:
             found.append(f"sampler.batch={max(1, config.sampler.batch // 4)}")
-        if worst == "encoding pairs" and config.offline is not None:
+        if worst in ("encoding pairs", "inverting pairs") and config.offline is not None:
             found.append(f"offline.encode_batch={max(1, config.offline.encode_batch // 4)}")
         if worst == "learning" and not config.optim.gradient_checkpointing:
             found.append("optim.gradient_checkpointing=true")
