@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a thousandth of the work")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--part", choices=PARTS, help="run one part here and print its numbers")
-    parser.add_argument("--many", type=int, help="rows of part million, 10 GB each million")
+    parser.add_argument("--many", type=int, help="rows of part million, 7.5 GB each million")
     parser.add_argument("--out", type=Path, help="JSON file; parts that are not run stay in it")
     args = parser.parse_args()
     size = SMALL if args.small else Size()

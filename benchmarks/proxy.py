@@ -2,16 +2,18 @@
 
     python benchmarks/proxy.py --rows 20000 --others 3000 --seeds 0 1 2 --out runs/proxy.json
 
-Fits linear, MLP and pairwise heads to one data set of the mini world and counts on another how
-often each orders two pictures as their hidden utility does, and as the person's label does. The
-mini reward is the cosine of the very features that the heads read. Differences are of the same
-pairs, mean over the seeds, with a 95% bootstrap interval over prompts.
+Fits linear, MLP and pairwise heads to one data set of the mini world, tunes the last blocks of the
+encoder on it, and counts on another how often each orders two pictures as their hidden utility
+does, and as the person's label does. The mini reward is the cosine of the very features that the
+heads read. Differences are of the same pairs, mean over the seeds, with a 95% bootstrap interval
+over prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from fifa.miniworld.dataset import write_dataset
 from fifa.proxies import FitConfig
 from fifa.proxies.card import margins_of
 from fifa.proxies.fit import fit_heads
+from fifa.proxies.lora import tune
 from fifa.proxies.splits import split_pairs
 from fifa.rewards.encoders import load_encoder
 
@@ -38,6 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "linear": {"hidden": 0, "members": 1},
     "pairwise": {"kind": "pairwise", "members": 1},
 }
+LORA = "lora"
 
 
 def right(margin: Floats, truth: Floats) -> Floats:
@@ -107,11 +111,28 @@ def arm(
     return margins, seconds
 
 
+def tuned(
+    work: Path, train: PairFeatures, seeds: Sequence[int]
+) -> tuple[list[Floats], list[float]]:
+    """The same of the encoder's cosine after tuning its last blocks."""
+    margins, seconds = [], []
+    for seed in seeds:
+        config = FitConfig(pairs=work / "train", out=Path("-"), kind="lora", seed=seed)
+        start = time.process_time()
+        split = split_pairs(train, config.held_out, seed, drop_ties=False)
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = tune(config, load_encoder(), train, split, Path(folder), lambda *told: None)
+        seconds.append(round(time.process_time() - start, 1))
+        margins.append(cosine_margin(pair_features(work / "other", encoder)))
+    return margins, seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=20_000, help="pairs to learn from")
     parser.add_argument("--others", type=int, default=3000, help="pairs to be measured on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, LORA], default=[*ARMS, LORA])
     parser.add_argument("--work", type=Path, default=Path("runs/proxy"), help="data and features")
     parser.add_argument("--out", type=Path, help="JSON file of all numbers")
     args = parser.parse_args()
@@ -135,8 +156,11 @@ def main() -> None:
         "truth_and_label": told(right(truth, label)[strict]),
     }
     print(f"mini      truth {result['mini']['truth']['value']:.4f}", flush=True)
-    for name, given in ARMS.items():
-        margins, seconds = arm(given, train, other, args.seeds)
+    for name in args.arms:
+        if name == LORA:
+            margins, seconds = tuned(args.work, train, args.seeds)
+        else:
+            margins, seconds = arm(ARMS[name], train, other, args.seeds)
         by = {
             "truth": compare(margins, mini, truth, other.prompt),
             "label": compare(

@@ -10,7 +10,8 @@ be stopped and typed again.
 
 The proxies: `mini`, the shipped one, learned from other people's labels on other prompts; `saw`,
 the same trained further on the very labels that are filtered; `oracle`, the exact share of the
-prompt's conditions that hold, blind to taste.
+prompt's conditions that hold, blind to taste; `own`, what `fifa reward fit` makes of as many pairs
+of another data set; `ensemble`, `mini` and `own` added up, each in spreads of its margin.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from d3po.recipe import evaluation_prompts, load, load_run
 from fifa.config import atomic_path, write_atomic
 from fifa.filtering import KEPT, SUMMARY, SelectConfig, select
 from fifa.miniworld.dataset import write_dataset
+from fifa.proxies import FitConfig
+from fifa.proxies.fit import fit
 from fifa.rewards import load_reward
 from fifa.rewards.mini import WEIGHTS
 from fifa.rewards.mini_train import Choices, prefer, save
-from fifa.scoring import ScoreConfig, score
+from fifa.scoring import SCORES, ScoreConfig, score
 
 CONFIG = ROOT / "configs" / "mini_fifa_dpo.yaml"
 JUDGES = ("oracle", "oracle_strict", "mini", "neatness")
@@ -68,7 +71,10 @@ ARMS: dict[str, Arm] = {
     "capped": Arm(options={"margin": "capped"}),
     "saw": Arm(proxy="saw"),
     "oracle": Arm(proxy="oracle"),
+    "own": Arm(proxy="own"),
+    "ensemble": Arm(proxy="ensemble"),
 }
+OTHER_DATA = 1000  # seed of the pairs that `own` is fitted to
 
 
 # ---- data, proxies, pairs ------------------------------------------------------------------------
@@ -99,11 +105,31 @@ def fitted(data: Path, out: Path, steps: int) -> Path:
     return out
 
 
+def own(given: argparse.Namespace) -> str:
+    """The reward that `fifa reward fit` makes of pairs that no arm is trained on."""
+    pairs, out = given.work / "other" / "pairs", given.work / "other" / "own"
+    write_dataset(pairs, given.rows, OTHER_DATA)
+    if not out.is_dir():
+        fit(FitConfig(pairs=pairs, out=out))
+    return f"fitted:{out}"
+
+
+def spread(scores: Path) -> float:
+    """Standard deviation of the margin of scored pairs."""
+    margin = pq.read_table(scores / SCORES, columns=["margin"])["margin"]
+    return float(margin.drop_null().to_numpy().std())
+
+
 def scored(proxy: str, work: Path, given: argparse.Namespace) -> Path:
     """The score folder of a data set by a proxy; made if it is not there yet."""
     name = proxy
     if proxy == "saw":
         name = f"mini:{fitted(work / 'pairs', work / 'saw', given.fit_steps)}"
+    elif proxy == "own":
+        name = own(given)
+    elif proxy == "ensemble":
+        spreads = [spread(scored(member, work, given)) for member in ("mini", "own")]
+        name = f"{1 / spreads[0]:.3f}*mini+{1 / spreads[1]:.3f}*{own(given)}"
     score(ScoreConfig(data=work / "pairs", out=work / f"scores-{proxy}", reward=name))
     return work / f"scores-{proxy}"
 

@@ -72,20 +72,25 @@ def votes(pictures: Any, texts: Any, user: np.ndarray, won: np.ndarray, people: 
     )
 
 
-def vectors(model: str, seed: int, people: int, newcomers: int, groups: int) -> World:
-    """People of `groups` tastes about random vectors; their answers have Bradley-Terry noise."""
+def vectors(
+    model: str, seed: int, people: int, newcomers: int, groups: int, logits: float
+) -> World:
+    """People of `groups` tastes about random vectors; their answers have Bradley-Terry noise.
+
+    A utility is -distance (model A) or the cosine (model B) to the ideal, times `logits`.
+    """
     rng = np.random.default_rng([seed, ord(model), groups])
     user, turn, group = asked(people, newcomers, groups)
     total, of = len(user), group[user]
     pictures, texts = rng.normal(size=(2 * total, WIDTH)), rng.normal(size=(total, WIDTH))
     if model == "A":
         ideals = 3 * np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0][:groups]
-        utility = -6 * np.linalg.norm(pictures - np.tile(ideals[of], (2, 1)), axis=1)
+        utility = -logits * np.linalg.norm(pictures - np.tile(ideals[of], (2, 1)), axis=1)
     else:
         maps = rng.normal(size=(groups, WIDTH, WIDTH))
         ideal = np.tile(np.einsum("nij,nj->ni", maps[of], texts), (2, 1))
         lengths = np.linalg.norm(pictures, axis=1) * np.linalg.norm(ideal, axis=1)
-        utility = 24 * (pictures * ideal).sum(1) / lengths
+        utility = logits * (pictures * ideal).sum(1) / lengths
     difference = utility[:total] - utility[total:]
     won = rng.random(total) < 1 / (1 + np.exp(-difference))
     made = votes(pictures, texts, user, won, people)
@@ -192,11 +197,12 @@ def newcomers(model: TasteModel, world: World) -> dict[int, float]:
 
 def measured(model: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """One world of vectors: prototypes, baselines, newcomers, and one taste for all."""
-    world = vectors(model, seed, given.people, given.newcomers, GROUPS)
+    logits = given.logits[model == "B"]
+    world = vectors(model, seed, given.people, given.newcomers, GROUPS, logits)
     # Linear networks, as the world is; their ideals may lie in as many dimensions.
     shape = {"hidden": 0, "dropout": 0.0}
     fits = {k: fitted(world, settings(model, k, seed, **shape)) for k in given.tastes}
-    alike = vectors(model, seed, given.people, 0, 1)
+    alike = vectors(model, seed, given.people, 0, 1, logits)
     return {
         "accuracy": {k: accuracy for k, (_, accuracy, _) in fits.items()},
         "bayes": float(world.bayes[world.rows(ANSWERS, ANSWERS + FRESH)].mean()),
@@ -228,10 +234,13 @@ def main() -> None:
     parser.add_argument("--newcomers", type=int, default=30)
     parser.add_argument("--pixel-people", type=int, default=40)
     parser.add_argument("--tastes", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument(
+        "--logits", type=float, nargs=2, default=[17, 44], help="scale of the utility, A and B"
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"people": given.people, "seeds": given.seeds}
+    result = {"people": given.people, "seeds": given.seeds, "logits": given.logits}
     for model in ("A", "B"):
         result[model] = [measured(model, seed, given) for seed in given.seeds]
         print(model, json.dumps(result[model]), flush=True)

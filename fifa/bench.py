@@ -170,7 +170,7 @@ def _read_json(file: Path) -> ScoredPairs:
     reasons: Counter[str] = Counter()
     examples: list[str] = []
     for number, row in enumerate(rows):
-        read = _read_row(row, keys)
+        read = read_row(row, keys)
         if isinstance(read, str):
             reasons[read] += 1
             examples.append(f"row {number}: {read}")
@@ -189,7 +189,7 @@ def _read_json(file: Path) -> ScoredPairs:
     )
 
 
-def _read_row(row: Any, keys: tuple[str, str]) -> tuple[float, float, int] | str:
+def read_row(row: Any, keys: tuple[str, str]) -> tuple[float, float, int] | str:
     """Both scores and who won, or why the row is no scored pair."""
     if not isinstance(row, Mapping):
         return "not an object"

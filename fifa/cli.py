@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from fifa.config import Config, InputError, load_config
+from fifa.config import Config, InputError, calm_libraries, load_config
 
 if TYPE_CHECKING:
     from fifa.bench import Quarter, Share
@@ -41,6 +41,7 @@ app.add_typer(reward_app, name="reward")
 
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2."""
+    calm_libraries()
     try:
         app()
     except InputError as error:
@@ -382,7 +383,7 @@ def rewards() -> None:
 def reward_fit(
     pairs: Annotated[Path, typer.Argument(help="Parquet file or folder, Pick-a-Pic v2 columns.")],
     out: Annotated[Path, typer.Option(help="Folder for the proxy and its model card.")],
-    kind: Annotated[str | None, typer.Option(help="scalar, pairwise or objectives.")] = None,
+    kind: Annotated[str | None, typer.Option(help="scalar, pairwise, objectives or lora.")] = None,
     encoder: Annotated[
         str | None, typer.Option(help="Frozen features: mini, clip:..., transformers:...")
     ] = None,
@@ -517,12 +518,121 @@ def reward_disputes(
     )
 
 
+@reward_app.command("bench-build", epilog="Example: `fifa reward bench-build runs/bench`")
+def reward_bench_build(
+    out: Annotated[Path, typer.Argument(help="Folder for the bench.")],
+    pairs: Annotated[int | None, typer.Option(help="Pairs a scenario.")] = None,
+    scenarios: Annotated[str | None, typer.Option(help="Scenarios, with commas.")] = None,
+    judges: Annotated[str | None, typer.Option(help="Simulated judges, with commas.")] = None,
+    agree: Annotated[int | None, typer.Option(help="Judges who must give the label.")] = None,
+    panel: Annotated[str | None, typer.Option(help="Weak rewards that rate difficulty.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed is another bench.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Make pairs of known truth in the mini world, by scenario, to test rewards on."""
+    from fifa.rewardbench import BuildConfig
+    from fifa.rewardbench.build import build
+
+    lists = {"scenarios": scenarios, "judges": judges, "panel": panel}
+    given = {"out": out, "pairs": pairs, "agree": agree, "seed": seed}
+    chosen = _config(BuildConfig, config, given, _listed(lists, settings))
+    with _progress() as progress:
+        _told_bench(build(chosen, progress), out)
+
+
+@reward_app.command(
+    "bench-read", epilog="Example: `fifa reward bench-read pairs runs/pairs --out runs/bench`"
+)
+def reward_bench_read(
+    kind: Annotated[str, typer.Argument(help="Layout, see `fifa reward bench-kinds`.")],
+    path: Annotated[Path, typer.Argument(help="File or folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bench.")],
+    images: Annotated[Path | None, typer.Option(help="Folder with the pictures.")] = None,
+    agree: Annotated[int | None, typer.Option(help="Judges who must give the label.")] = None,
+    panel: Annotated[str | None, typer.Option(help="Weak rewards that rate difficulty.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Make a bench of pairs or ratings that people have judged."""
+    from fifa.rewardbench import ReadConfig
+    from fifa.rewardbench.reading import read
+
+    given = {"kind": kind, "path": path, "out": out, "images": images, "agree": agree}
+    chosen = _config(ReadConfig, config, given, _listed({"panel": panel}, settings))
+    with _progress() as progress:
+        facts = read(chosen, progress)
+    _told_bench(facts, out)
+    for reason, count in facts["set_aside"].items():
+        print(f"  set aside, {count:,}: {reason}")
+
+
+@reward_app.command("bench-kinds")
+def reward_bench_kinds() -> None:
+    """List the layouts that `bench-read` reads, a line each."""
+    from fifa.rewardbench.reading import described
+
+    for kind, line in described():
+        print(f"{kind:12}{line}")
+
+
+@reward_app.command(
+    "bench", epilog="Example: `fifa reward bench runs/bench --rewards mini,fitted:runs/proxy`"
+)
+def reward_bench(
+    bench: Annotated[Path, typer.Argument(help="Folder of a bench.")],
+    rewards: Annotated[str | None, typer.Option(help="Rewards by name, with commas.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the leaderboard.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Difficulties that count: 0.2,0.8.")] = None,
+    config: File = None,
+    settings: Settings = None,
+) -> None:
+    """Measure rewards by scenario before trusting them; a leaderboard as HTML and JSON."""
+    from fifa.rewardbench import BenchConfig
+    from fifa.rewardbench.leaderboard import table_of, write_leaderboard
+    from fifa.rewardbench.standing import run
+
+    lists = {"rewards": rewards, "keep": keep}
+    given = {"bench": bench, "out": out}
+    chosen = _config(BenchConfig, config, given, _listed(lists, settings))
+    with _progress() as progress:
+        found = run(chosen, progress)
+    for title, header, rows in table_of(found):
+        _table(title, header, rows)
+    for standing in found.standings:
+        for reason, count in standing.set_aside.items():
+            print(f"{standing.reward}: set aside, {count:,} pairs: {reason}")
+    print(write_leaderboard(found, out or bench))
+
+
+def _listed(options: Mapping[str, str | None], settings: list[str] | None) -> list[str]:
+    """`--set` settings, and after them options whose values are lists with commas."""
+    given = [
+        f"{name}={json.dumps([part.strip() for part in text.split(',') if part.strip()])}"
+        for name, text in options.items()
+        if text is not None
+    ]
+    return [*(settings or []), *given]
+
+
+def _told_bench(facts: Mapping[str, Any], out: Path) -> None:
+    """How many pairs of a bench count, by scenario, and how true their labels are."""
+    for name, part in facts["scenarios"].items():
+        print(f"{part['agreed']:>8,} of {part['pairs']:,} pairs count  {name}")
+    truth = facts["label_truth"]
+    if "kept" in truth:
+        kept, loose = truth["kept"]["value"], truth["majority"]["value"]
+        print(f"labels are true in {kept:.1%} of them; by majority alone in {loose:.1%}")
+    print(out)
+
+
 @app.command()
 def settings() -> None:
     """List every setting of the commands that take a config, its default and its meaning."""
     from fifa.config import describe
     from fifa.filtering import SelectConfig
     from fifa.proxies import FitConfig, TasteConfig
+    from fifa.rewardbench import BenchConfig, BuildConfig, ReadConfig
     from fifa.scoring.settings import ScoreConfig
     from fifa.sources.convert import ConvertConfig
     from fifa.sweep import SweepConfig
@@ -534,6 +644,9 @@ def settings() -> None:
         ("sweep", SweepConfig),
         ("reward fit", FitConfig),
         ("reward tastes", TasteConfig),
+        ("reward bench-build", BuildConfig),
+        ("reward bench-read", ReadConfig),
+        ("reward bench", BenchConfig),
     )
     for name, cls in kinds:
         print(f"fifa {name}")

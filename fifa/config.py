@@ -288,6 +288,16 @@ def _type_name(annotation: Any) -> str:
     return str(annotation).replace("typing.", "").replace("Literal", "one of ")
 
 
+def calm_libraries() -> None:
+    """For a program's start: no bars of libraries where nobody watches, and no advice of theirs.
+
+    What a program has to say of its progress it says itself.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed is not yet used
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No log lines of libraries: what matters of them is raised as well, and told in a sentence."""

@@ -62,3 +62,18 @@ def write_pairs(path: Path, rows: int = 40, rows_a_group: int = 8, **changed: An
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=rows_a_group)
     return path
+
+
+def write_loud_pairs(path: Path, rows: int) -> Path:
+    """A data set in which people prefer the picture with the stronger noise."""
+    sides = [[7 * i for i in range(rows)], [7 * i + 11 for i in range(rows)]]
+    first = [float(a % 23 >= b % 23) for a, b in zip(*sides, strict=True)]
+    return write_pairs(
+        path,
+        rows,
+        100,
+        jpg_0=[picture(seed) for seed in sides[0]],
+        jpg_1=[picture(seed) for seed in sides[1]],
+        label_0=first,
+        label_1=[1 - label for label in first],
+    )

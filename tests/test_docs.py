@@ -28,6 +28,8 @@ SMALLER = {
     r"(benchmarks/reviewers\.py)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--arms saw --images 2 --fit-steps 2",
     r"(benchmarks/tastes\.py)": r"\1 --people 6 --newcomers 2 --pixel-people 2",
+    r"(benchmarks/rewardbench\.py pixels)": r"\1 --pairs 2 --prompts 2",
+    r"(fifa reward bench-build \S+) --pairs 100": r"\1 --pairs 4",
     r"--others \d+": "--others 200",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
     r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",

@@ -14,6 +14,7 @@ from fifa.config import (
     Config,
     InputError,
     atomic_path,
+    calm_libraries,
     describe,
     fingerprint,
     finite,
@@ -284,3 +285,14 @@ def test_a_lock_is_let_go_when_its_process_is_killed(tmp_path: Path) -> None:
     held = take_lock(lock, wait=True)
     assert held is not None
     held.close()
+
+
+@pytest.mark.parametrize(("watched", "off"), [(True, None), (False, "1")])
+def test_bars_of_libraries_are_off_where_nobody_watches(
+    watched: bool, off: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # put back at the end
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    calm_libraries()
+    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == off

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pair_files import caption, picture, write_pairs
-from tiny_pipelines import clip_tokenizer
+from tiny_encoders import transformers_folder
 
 from fifa.config import InputError
 from fifa.features import VectorStore, pair_features, picture_key
@@ -25,31 +25,7 @@ def mini() -> Encoder:
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers CLIP folder with random weights."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = clip_tokenizer(folder / "vocabulary")
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(
-        text_config={
-            **tower,
-            **ids,
-            "num_attention_heads": 2,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 16,
-        },
-        vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    crop = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
-    return folder
+    return transformers_folder(tmp_path_factory.mktemp("clip"))
 
 
 # ---- encoders ------------------------------------------------------------------------------------

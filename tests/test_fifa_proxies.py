@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pair_files import picture, write_pairs
+from pair_files import picture, write_loud_pairs, write_pairs
 from scipy.stats import norm
 from typer.testing import CliRunner
 
@@ -380,26 +380,10 @@ def test_too_little_data_is_one_sentence(pairs: PairFeatures, part: str) -> None
 ROWS = 240
 
 
-def loud(i: int) -> float:
-    """How strong the noise of `picture(i)` is."""
-    return i % 23 * 3
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pair table in which people prefer the louder picture, and a cache of features beside it."""
-    place = tmp_path_factory.mktemp("pairs")
-    first = [float(loud(7 * i) >= loud(7 * i + 11)) for i in range(ROWS)]
-    write_pairs(
-        place / "d.parquet",
-        ROWS,
-        100,
-        jpg_0=[picture(7 * i) for i in range(ROWS)],
-        jpg_1=[picture(7 * i + 11) for i in range(ROWS)],
-        label_0=first,
-        label_1=[1 - label for label in first],
-    )
-    return place
+    return write_loud_pairs(tmp_path_factory.mktemp("pairs") / "d.parquet", ROWS).parent
 
 
 def config(folder: Path, name: str, **given: Any) -> FitConfig:

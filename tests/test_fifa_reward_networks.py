@@ -19,7 +19,7 @@ import pytest
 import torch
 from pair_files import write_pairs
 from PIL import Image
-from tiny_pipelines import clip_tokenizer
+from tiny_encoders import TINY_CLIP, seeded, transformers_folder
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from typer.testing import CliRunner
@@ -46,30 +46,7 @@ def pictures(height: int = 61, width: int = 40, n: int = 3) -> list[np.ndarray]:
     return list(noisy.clip(0, 255).astype(np.uint8).reshape(n, height, width, 3))
 
 
-def seeded(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """A module with random weights that are large enough to tell pictures apart."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        module = build().eval()
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.08)
-    return module
-
-
 # ---- the models ----------------------------------------------------------------------------------
-
-TINY_CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 16,
-        "heads": 2,
-        "layers": 2,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +64,7 @@ def tiny_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers folder of a CLIPModel with tokenizer and preprocessor, as PickScore's."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    folder = tmp_path_factory.mktemp("pickscore")
-    tokenizer = clip_tokenizer(folder / "vocabulary")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, **ids}
-    config = CLIPConfig(
-        text_config={**tower, "num_attention_heads": 2, **text},
-        vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    seeded(lambda: CLIPModel(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    crop = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
-    return folder
+    return transformers_folder(tmp_path_factory.mktemp("pickscore"))
 
 
 WORDS = [

@@ -26,14 +26,15 @@ ORDER = {
     "fifa": (
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
         " | features | selection, bench, denylist | proxies | scoring, filtering, sweep, report"
+        " | rewardbench"
         " | __init__ | cli | __main__"
     ),
     "d3po": (
         "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
         " | inversion"
-        " | offline, held_out, online, evaluate, annotate, export"
-        " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
+        " | offline, held_out, online, evaluate, export"
+        " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
     ),
 }
 PACKAGES = tuple(ORDER)
@@ -607,21 +608,25 @@ def test_make_targets_of_the_readme_exist() -> None:
     assert missing_targets("```sh\nmake demo  # x\nmake coffee\n```\n", "demo: x\n") == ["coffee"]
 
 
-def missing_rooms(readme: str, packages: Sequence[str]) -> list[str]:
-    """Rooms that exist but that the README's tree does not name."""
-    absent = []
+def misnamed_rooms(readme: str, packages: Sequence[str]) -> list[str]:
+    """Rooms that the README's tree does not name once, and what it names that is no room."""
+    wrong = []
     for package in packages:
         tree = re.search(rf"^{package}/ .*\n((?:  .*\n)+)", readme, re.MULTILINE)
-        told = tree.group(1) if tree else ""
-        for path in sorted((ROOT / package).iterdir()):
-            name = path.name if path.suffix == ".py" else f"{path.name}/"
-            is_room = path.suffix == ".py" or any(path.glob("*.py"))
-            if is_room and not name.startswith("__") and f"  {name} " not in told:
-                absent.append(f"{package}/{name}")
-    return absent
+        told = re.findall(r"^  (\S+)", tree.group(1), re.MULTILINE) if tree else []
+        rooms = [
+            path.name if path.suffix == ".py" else f"{path.name}/"
+            for path in (ROOT / package).iterdir()
+            if not path.name.startswith("__") and (path.suffix == ".py" or any(path.glob("*.py")))
+        ]
+        names = sorted({*told, *rooms})
+        wrong += [f"{package}/{n}" for n in names if told.count(n) != 1 or n not in rooms]
+    return wrong
 
 
-def test_the_readme_names_every_room() -> None:
+def test_the_readme_names_every_room_once_and_no_other() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert missing_rooms(readme, PACKAGES) == []
-    assert "fifa/config.py" in missing_rooms(readme.replace("  config.py ", "  conf.py "), PACKAGES)
+    assert misnamed_rooms(readme, PACKAGES) == []
+    broken = readme.replace("  config.py ", "  conf.py ").replace("  images.py", "  pairs.py ", 1)
+    found = misnamed_rooms(broken, PACKAGES)
+    assert found == [f"fifa/{name}.py" for name in ("conf", "config", "images", "pairs")]

@@ -190,7 +190,7 @@ class Annotators:
         rows = np.arange(len(users))
         group = self.group[users]
         margin = (a[rows, group] - b[rows, group]) / p.temperature
-        outcome = _rao_kupper(margin, p.tie_half_width, rng.random(len(users)))
+        outcome = rao_kupper(margin, p.tie_half_width, rng.random(len(users)))
         careless = self.careless[users]
         flipped = (rng.random(len(users)) < p.flip) & (outcome != TIE) & ~careless
         outcome = np.where(flipped, 1 - outcome, outcome)
@@ -202,8 +202,8 @@ def _blind_chances(ties: float) -> list[float]:
     return [(1 - ties) / 2, (1 - ties) / 2, ties]
 
 
-def _rao_kupper(margin: Floats, half_width: float, uniform: Floats) -> NDArray[np.int64]:
-    """Outcomes (N,) for margins in logits; `uniform` (N,) in [0, 1) decides."""
+def rao_kupper(margin: Floats, half_width: float, uniform: Floats) -> NDArray[np.int64]:
+    """Outcomes (N,), A, B or TIE, for margins in logits; `uniform` (N,) in [0, 1) decides."""
     a_wins = 1 / (1 + np.exp(half_width - margin))
     b_wins = 1 / (1 + np.exp(half_width + margin))
     return np.select([uniform < a_wins, uniform >= 1 - b_wins], [A, B], TIE)

@@ -43,18 +43,21 @@ class Group:
 class Request:
     """The meaning of a prompt:
 
-    groups of objects, a relation from the first to the second, a background.
+    groups of objects, a relation from the first to the second, a background, and what must not be
+    seen. `sample_request` draws no such ban; `without` is for tests of what a reward understands.
     """
 
     groups: tuple[Group, ...]
     relation: str | None = None
     background: str | None = None
+    without: Group | None = None  # of no count: not one thing may fit its description
 
     @property
     def key(self) -> str:
         """One spelling for all wordings of one meaning."""
         groups = self.groups if self.relation else tuple(sorted(self.groups, key=str))
-        return f"{groups}|{self.relation}|{self.background}"
+        banned = f"|without {self.without}" if self.without else ""
+        return f"{groups}|{self.relation}|{self.background}{banned}"
 
     @property
     def split(self) -> Split:
@@ -120,6 +123,12 @@ def phrase(request: Request, rng: np.random.Generator) -> str:
     if request.background is not None:
         colour = _any(rng, words.BACKGROUNDS[request.background])
         text = f"{text} {_any(rng, words.SETTINGS).format(colour)}"
+    if request.without is not None:
+        banned = [_any(rng, words.SHAPES[request.without.shape])]
+        banned[0] = _plural(banned[0])
+        if request.without.colour:
+            banned.insert(0, _any(rng, words.COLOURS[request.without.colour]))
+        text = f"{text} {_any(rng, words.BANS)} {' '.join(banned)}"
     return text
 
 
@@ -163,6 +172,10 @@ _GROUP_PATTERN = re.compile(
     rf"\b(?:(?P<count>{_alternatives(iter(_COUNT))}) )?(?:(?P<size>{_alternatives(iter(_SIZE))}) )?"
     rf"(?:(?P<colour>{_alternatives(iter(_COLOUR))}) )?(?P<shape>{_alternatives(iter(_SHAPE))})\b"
 )
+_BAN_PATTERN = re.compile(
+    rf"\b(?:{_alternatives(iter(words.BANS))}) (?:(?P<colour>{_alternatives(iter(_COLOUR))}) )?"
+    rf"(?P<shape>{_alternatives(iter(_SHAPE))})\b"
+)
 _RELATION_PATTERN = re.compile(rf"\b(?:{_alternatives(iter(_RELATION))})\b")
 _BACKGROUND_PATTERN = re.compile(
     rf"\b(?P<colour>{_alternatives(iter(_BACKGROUND))}) (?:background|backdrop|canvas)\b"
@@ -176,6 +189,8 @@ def parse(prompt: str) -> Request:
         UnparsedPrompt: no shape of the mini world is named.
     """
     text = " ".join(re.sub(r"[^a-z0-9 ]", " ", prompt.lower()).split())
+    ban = _BAN_PATTERN.search(text)
+    text = _BAN_PATTERN.sub(" ", text)
     found = list(_GROUP_PATTERN.finditer(text))
     if not found:
         raise UnparsedPrompt(
@@ -189,7 +204,9 @@ def parse(prompt: str) -> Request:
         relation = _RELATION[between.group()] if between else None
     setting = _BACKGROUND_PATTERN.search(text)
     background = _BACKGROUND[setting["colour"]] if setting else None
-    return Request(groups if relation else tuple(sorted(groups, key=str)), relation, background)
+    without = Group(_SHAPE[ban["shape"]], _COLOUR.get(ban["colour"])) if ban else None
+    ordered = groups if relation else tuple(sorted(groups, key=str))
+    return Request(ordered, relation, background, without)
 
 
 def _read_group(match: re.Match[str]) -> Group:

@@ -3,8 +3,8 @@
 An image is read as flat things on a backdrop: threshold the distance to the backdrop, take
 connected pieces, name each piece's colour by the nearest palette entry and its shape by the best
 overlap with the five shapes drawn with the piece's own area and centroid. Conditions are those of
-GenEval (object, colour, count, relation) plus size and background (Ghosh et al. 2023, arXiv
-2310.11513).
+GenEval (object, colour, count, relation; Ghosh et al. 2023, arXiv 2310.11513) plus size,
+background, and what a prompt forbids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fifa.miniworld import vocabulary as words
 from fifa.miniworld.captions import Group, Request, parse
 from fifa.miniworld.scenes import INSIDE, Image, shape_mask
 
-Kind = Literal["object", "colour", "size", "count", "relation", "background"]
+Kind = Literal["object", "colour", "size", "count", "relation", "background", "without"]
 
 FOREGROUND = 52.0  # RGB distance from the backdrop at which a pixel belongs to a thing
 LEAST_AREA = 9  # pixels; smaller pieces are specks
@@ -111,6 +111,10 @@ def judge(view: View, request: Request) -> Verdict:
     if request.background is not None:
         holds = view.background == request.background
         conditions.append(Condition("background", request.background, holds))
+    if request.without is not None:
+        holds = not any(matches(thing, request.without) for thing in view.things)
+        banned = f"no {request.without.colour or ''} {request.without.shape}".replace("  ", " ")
+        conditions.append(Condition("without", banned, holds))
     return Verdict(tuple(conditions))
 
 

@@ -45,6 +45,7 @@ COUNTS: dict[int, tuple[str, ...]] = {
     3: ("three", "3"),
     4: ("four", "4"),
 }
+BANS: tuple[str, ...] = ("without", "without any", "with no", "but no", "and no")
 OPENINGS: tuple[str, ...] = (
     "",
     "",

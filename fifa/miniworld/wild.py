@@ -38,7 +38,13 @@ class WildPrompt:
 
 def draw_prompt(rng: np.random.Generator, seed: int) -> WildPrompt:
     """A prompt of a kind drawn by PROMPT_SHARES; `seed` decides which prompts are popular."""
-    kind = str(rng.choice(list(PROMPT_SHARES), p=list(PROMPT_SHARES.values())))
+    return draw_prompt_of(
+        str(rng.choice(list(PROMPT_SHARES), p=list(PROMPT_SHARES.values()))), rng, seed
+    )
+
+
+def draw_prompt_of(kind: str, rng: np.random.Generator, seed: int) -> WildPrompt:
+    """A prompt of one kind of PROMPT_SHARES."""
     while True:
         prompt = _KINDS[kind](rng, seed)
         if _trainable(prompt):

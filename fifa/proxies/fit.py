@@ -2,13 +2,15 @@
 
 A scalar head is PickScore's recipe (Kirstain et al. 2023, arXiv 2305.01569) on frozen features,
 with ties as an answer; a pairwise head is the pair preference model of RLHF Workflow (Dong et al.
-2024, arXiv 2405.07863); objectives are ArmoRM (`fifa.proxies.objectives`).
+2024, arXiv 2405.07863); objectives are ArmoRM (`fifa.proxies.objectives`); without freezing, the
+last blocks of the encoder learn too (`fifa.proxies.lora`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from fifa.features import CACHE, PairFeatures, pair_features
 from fifa.proxies.calibration import temperature
 from fifa.proxies.card import Card, card_of, write_card
 from fifa.proxies.likelihood import LIKELIHOODS, Likelihood
+from fifa.proxies.lora import cosine_proxy, tune
 from fifa.proxies.objectives import fit_objectives
 from fifa.proxies.settings import FitConfig
 from fifa.proxies.splits import Split, split_pairs
@@ -47,13 +50,18 @@ def fit(config: FitConfig, progress: Progress = lambda stage, done, total: None)
     pairs = pair_features(config.pairs, encoder, cache, progress)
     split = split_pairs(pairs, config.held_out, config.seed, config.ties == "drop")
     proxy: Proxy
-    if config.kind == "objectives":
-        proxy, extra = fit_objectives(config, encoder, cache, pairs, split, progress)
-    else:
-        proxy, extra = fit_heads(config, pairs, split, progress), {}
-    card = card_of(config, proxy, pairs, split, extra)
+    extra: dict[str, Any] = {}
     with atomic_path(config.out) as folder:
         folder.mkdir()
+        if config.kind == "objectives":
+            proxy, extra = fit_objectives(config, encoder, cache, pairs, split, progress)
+        elif config.kind == "lora":
+            encoder = tune(config, encoder, pairs, split, folder, progress)
+            pairs = pair_features(config.pairs, encoder, cache, progress)
+            proxy = cosine_proxy(pairs, split)
+        else:
+            proxy = fit_heads(config, pairs, split, progress)
+        card = card_of(config, proxy, pairs, split, extra)
         save_proxy(proxy, encoder, folder)
         write_card(card, folder)
     return card

@@ -37,14 +37,26 @@ class HeadConfig(Config):
     device: str = Field("cpu", description="Where the encoder runs, such as cuda.")
 
 
+class LoraConfig(Config):
+    """How the last blocks of an encoder are tuned."""
+
+    blocks: int = Field(2, ge=1, description="Blocks at the end of either tower that take part.")
+    rank: int = Field(16, ge=1, description="Rank of the LoRA in each of their layers.")
+    epochs: int = Field(4, ge=1, description="Passes over the training pairs, at most.")
+    patience: int = Field(1, ge=1, description="Epochs without a better validation loss.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's learning rate.")
+    batch_size: int = Field(64, ge=1, description="Pairs a step.")
+
+
 class FitConfig(HeadConfig):
     """Settings of `fifa reward fit`."""
 
-    kind: Literal["scalar", "pairwise", "objectives"] = Field(
+    kind: Literal["scalar", "pairwise", "objectives", "lora"] = Field(
         "scalar",
-        description="A Bradley-Terry score, an antisymmetric comparison, or named objectives "
-        "with a gate on the prompt.",
+        description="A Bradley-Terry score, an antisymmetric comparison, named objectives with a "
+        "gate on the prompt, or the encoder's own cosine after tuning its last blocks.",
     )
+    lora: LoraConfig = Field(LoraConfig(), description="For kind=lora, which has no head.")
     ties: Literal["rao_kupper", "davidson", "half", "drop"] = Field(
         "rao_kupper",
         description="Ties: too small a difference to see, a third answer, half a win each, or "

@@ -2,7 +2,8 @@
 
 A new scorer is one class with `name`, `differentiable` and `__call__`, and one line in REWARDS;
 `fifa rewards` tells what it `needs` and its `source`. `pickscore:FOLDER` names other weights,
-outside code plugs in as `package.module:factory`, and `0.7*mini+0.3*neatness` adds them up.
+outside code plugs in as `package.module:factory` or `package.module:factory:PATH`, and
+`0.7*mini+0.3*neatness` adds them up.
 """
 
 from __future__ import annotations
@@ -56,6 +57,17 @@ class PreparingReward(Reward, Protocol):
         ...
 
 
+@runtime_checkable
+class ComparingReward(Reward, Protocol):
+    """A reward that looks at two pictures at once, so that which one comes first may matter."""
+
+    def compare(
+        self, first: torch.Tensor, second: torch.Tensor, prompts: Sequence[str]
+    ) -> torch.Tensor:
+        """Logits float32 (N,) that people prefer the first picture of each pair."""
+        ...
+
+
 REWARDS: dict[str, str] = {
     "pickscore": "fifa.rewards.pickscore:PickScore",
     "hpsv2": "fifa.rewards.hps:HPSv2",
@@ -71,6 +83,10 @@ REWARDS: dict[str, str] = {
     "neatness": "fifa.rewards.miniworld:NeatnessReward",
     "jpeg_compressibility": "fifa.rewards.jpeg:Compressibility",
     "jpeg_incompressibility": "fifa.rewards.jpeg:Incompressibility",
+    "saturation": "fifa.rewards.nuisance:Saturation",
+    "brightness": "fifa.rewards.nuisance:Brightness",
+    "contrast": "fifa.rewards.nuisance:Contrast",
+    "edges": "fifa.rewards.nuisance:Edges",
 }
 
 
@@ -103,8 +119,9 @@ def load_reward(spec: str, **kwargs: Any) -> Reward:
     """The reward that `spec` names.
 
     `spec` is a name of REWARDS, `name:path` with the weights it shall use (a local path or a Hub
-    id), a `package.module:factory` whose factory takes `kwargs` and returns a Reward, or a weighted
-    sum of those such as `0.5*mini+0.5*oracle`, which takes no `kwargs`. What begins with a name of
+    id), a `package.module:factory` whose factory takes `kwargs` and returns a Reward (what follows
+    a second colon is its `path`), or a weighted sum of those such as `0.5*mini+0.5*oracle`, which
+    takes no `kwargs`. What begins with a name of
     REWARDS and a colon is one path to its end; a sum that begins so needs a weight: `1*clip:...`.
     Raises InputError for an unknown name, a failing import, missing weights, or arguments that the
     factory does not take.
@@ -122,6 +139,9 @@ def load_reward(spec: str, **kwargs: Any) -> Reward:
     address = spec if colon else REWARDS.get(spec)
     if address is None:
         raise unknown("reward", spec, REWARDS, "package.module:factory")
+    factory, more, outside = path.partition(":")
+    if more:
+        return _made(f"{name}:{factory}", spec, {"path": outside, **kwargs})
     return _made(address, spec, kwargs)
 
 

@@ -1,7 +1,8 @@
 """Frozen dual encoders: pictures and prompts to the unit vectors that fitted proxies read.
 
 `mini` is the one in the package, `clip:MODEL` any open_clip model, `transformers:FOLDER` any
-transformers CLIPModel. Loading and preprocessing are those of the rewards of the same network.
+transformers CLIPModel, `tuned:FOLDER` one of these after `fifa reward fit --kind lora`. Loading and
+preprocessing are those of the rewards of the same network.
 """
 
 from __future__ import annotations
@@ -65,6 +66,21 @@ class Encoder(ABC):
         with torch.no_grad():
             return _unit(self._words(list(prompts)))
 
+    def prepared(
+        self, squares: torch.Tensor, prompts: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of N pictures and of M prompts; gradients reach the network if it asks.
+
+        The pictures are uint8 (N, size, size, 3), as `pixels.square` cuts them.
+        """
+        pixels = self.pixels.normalised(squares).to(self.device)
+        return _unit(self._pictures(pixels)), _unit(self._words(list(prompts)))
+
+    def renewed(self, spec: str) -> Encoder:
+        """Take the network as it is now, frozen, under another name and version."""
+        self._set(spec, self.network, self.pixels)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the network is; vectors come back from there."""
@@ -114,15 +130,22 @@ class TransformersEncoder(Encoder):
         return net.text_projection(net.text_model(**tokens).pooler_output)
 
 
+def _tuned(path: str, spec: str) -> Encoder:
+    from fifa.rewards.tuned import load_tuned  # which loads another encoder first
+
+    return load_tuned(path, spec)
+
+
 ENCODERS: dict[str, Callable[[str, str], Encoder]] = {
     "mini": lambda path, spec: OpenClipEncoder(path or str(WEIGHTS), spec),
     "clip": OpenClipEncoder,
     "transformers": TransformersEncoder,
+    "tuned": _tuned,
 }
 
 
 def load_encoder(spec: str = DEFAULT) -> Encoder:
-    """The encoder that `spec` names: `mini`, `clip:MODEL` or `transformers:FOLDER`.
+    """The encoder that `spec` names: `mini`, `clip:MODEL`, `transformers:` or `tuned:FOLDER`.
 
     Raises InputError for an unknown name and for weights that cannot be loaded.
     """

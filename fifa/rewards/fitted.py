@@ -1,7 +1,8 @@
 """A proxy that somebody fitted: `fitted:FOLDER`, where `fifa reward fit` wrote the folder.
 
 It holds `proxy.json` (what it is), `proxy.safetensors` (its numbers) and a model card. The frozen
-encoder is named, not copied; other weights under its name are an error.
+encoder is named, not copied; other weights under its name are an error. Of an encoder that was
+tuned with it, the adapter lies beside them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fifa.rewards.nuisance import NUISANCES, measure
 
 FACTS, TENSORS = "proxy.json", "proxy.safetensors"
 VERSION = 1  # of the folder's format
+OWN_ENCODER = "tuned:."  # the encoder that was tuned together with the proxy lies in its folder
 PANEL = 64  # pictures that a pairwise proxy compares with to make a score
 
 
@@ -150,6 +152,17 @@ class FittedReward:
         members = torch.cat(parts, dim=1).to(images.device)
         return members.mean(0), members.std(0, correction=0)
 
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Logits (N,) that the first picture is preferred: of a pairwise proxy, what it learned.
+
+        The mean over its members; any other proxy compares by its scores.
+        """
+        if not isinstance(self.proxy, HeadProxy) or self.proxy.facts["kind"] != "pairwise":
+            return self(first, prompts) - self(second, prompts)
+        pairs = zip(self._batches(first, prompts), self._batches(second, prompts), strict=True)
+        logits = [self.proxy.compare(a, b, texts).mean(0) for (a, _, texts), (b, _, _) in pairs]
+        return torch.cat(logits).to(first.device)
+
     def explain(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Rewards (N, K) and coefficients (N, K) of an objectives proxy; total = sum of products.
 
@@ -254,7 +267,8 @@ def read_facts(file: Path, version: int, command: str) -> dict[str, Any]:
 
 def encoder_of(facts: Mapping[str, Any], folder: Path) -> Encoder:
     """The encoder that a folder was fitted on; InputError if it has changed since."""
-    encoder = load_encoder(facts["encoder"])
+    spec = facts["encoder"]
+    encoder = load_encoder(f"tuned:{folder}" if spec == OWN_ENCODER else spec)
     if encoder.version != facts["encoder_version"]:
         raise InputError(
             f"{folder} was fitted on encoder '{facts['encoder']}' of version "

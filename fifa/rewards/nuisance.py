@@ -9,6 +9,7 @@ jpeg        bits a pixel of a JPEG of quality 95
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fifa.config import InputError
@@ -43,3 +44,32 @@ def measure(images: torch.Tensor) -> torch.Tensor:
         kilobytes(images).to(luma.device) * 8000 / area,
     )
     return torch.stack(columns, dim=1)
+
+
+class Saturation:
+    """Mean of max - min over the colour channels, in [0, 1]: a taste for gaudy pictures."""
+
+    name = "saturation"
+    differentiable = False
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """The nuisance of this name, float32 (N,); prompts are ignored."""
+        return measure(images)[:, NUISANCES.index(self.name)]
+
+
+class Brightness(Saturation):
+    """Mean of luma, in [0, 1]: a taste for light pictures."""
+
+    name = "brightness"
+
+
+class Contrast(Saturation):
+    """Standard deviation of luma: a taste for strong light and shade."""
+
+    name = "contrast"
+
+
+class Edges(Saturation):
+    """Root mean square of the differences of neighbouring luma: a taste for busy pictures."""
+
+    name = "edges"

@@ -244,7 +244,7 @@ class _Pool:
 
     def _gains(self) -> Floats:
         lost = self._to.astype(np.float64) - self._crowd.own[self._member]
-        harm = np.bincount(self._slot, weights=lost, minlength=len(self._ids))
+        harm = np.bincount(self._slot, weights=lost, minlength=len(self._ids)).astype(np.float64)
         value = self._offers.value[self._ids]
         return self._crowd.gain(value, self._nearest[self._ids], harm)
 
