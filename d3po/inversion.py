@@ -12,7 +12,7 @@ log-density of N(x_0; x0_hat(x_t), s_t^2), with s_t = sigma_t / alpha_t for pred
 sigma_t for a velocity (InPO, Lu et al. 2025). Each of a pair has its own noise, unlike with fresh
 ones.
 
-The steps of the path themselves would be no good to score: docs/methods.md says why.
+Why the steps of the path themselves are not scored is said in docs/methods.md.
 """
 
 from __future__ import annotations
