@@ -12,13 +12,13 @@ log-density of N(x_0; x0_hat(x_t), s_t^2), with s_t = sigma_t / alpha_t for pred
 sigma_t for a velocity (InPO, Lu et al. 2025). Each of a pair has its own noise, unlike with fresh
 ones.
 
-The steps of the path themselves would be no good to score: docs/methods.md says why.
+Why the steps of the path themselves are not scored is said in docs/methods.md.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,7 +119,8 @@ class InvertedPaths:
             policy.fingerprint(),
             json.dumps([config.model_dump(), self.points, batch, list(numerics)]),
         )
-        self.size = max(1, PART // batch) * batch  # whole batches, so that a part stands alone
+        # pairs of a part: whole batches, so that a part stands alone
+        self.size = batch * max(1, min(PART // batch, -(-len(cache) // batch)))
         self._open: dict[int, NDArray[Any]] = {}
 
     @property
@@ -202,11 +203,16 @@ class InvertedPaths:
         return found
 
     def _make_own(self) -> None:
+        """The missing parts of this process's share.
+
+        Every process goes through the network equally often, as weights in pieces want it.
+        """
         parts = self._parts()
         missing = [
             parts[i] for i in self.run.share(len(parts)) if not self._file(parts[i]).exists()
         ]
-        if missing:
+        most = max(self.run.collect([len(missing)]))
+        if most:
             self.run.say(
                 f"inverting {len(self.cache)} pairs under the reference, {self.config.steps} steps"
                 " each, once"
@@ -214,18 +220,26 @@ class InvertedPaths:
         for part in missing:
             self.run.status(f"inversion, pair {part * self.size} of {len(self.cache)}")
             self._make(part)
+        for _ in range(most - len(missing)):
+            list(self._batches(range(0)))
 
     def _make(self, part: int) -> None:
-        rows, lost = self._rows_of(part), []
+        lost: list[int] = []
         with atomic_path(self._file(part)) as path, path.open("wb") as file:
-            for start in range(rows.start, rows.stop, self.batch):
-                some = range(start, min(start + self.batch, rows.stop))
-                noise = self.invert(some).numpy().astype(self.dtype)
-                finite = np.isfinite(noise).reshape(len(some), -1).all(1)
-                lost += [row for row, good in zip(some, finite, strict=True) if not good]
+            for rows, noise in self._batches(self._rows_of(part)):
+                finite = np.isfinite(noise).reshape(len(rows), -1).all(1)
+                lost += [row for row, good in zip(rows, finite, strict=True) if not good]
                 file.write(noise.tobytes())
             # before the part itself, whose being there says that all of it is
             write_atomic(self.folder / f"lost-{part:06d}.json", json.dumps(lost) + "\n")
+
+    def _batches(self, rows: range) -> Iterator[tuple[range, NDArray[Any]]]:
+        """Rows and their noise (n, 2, K, C, h, w); as many calls of the network for every part."""
+        for start in range(rows.start, rows.start + self.size, self.batch):
+            some = range(start, min(start + self.batch, rows.stop))
+            noise = self.invert(some or range(1))
+            if some:
+                yield some, noise.numpy().astype(self.dtype)
 
 
 def points_within(steps: int, part: tuple[float, float]) -> list[int]:

@@ -494,9 +494,9 @@ class OfflineSource:
         one = torch.ones(len(times), 1, dtype=torch.float64)
         noise_levels = schedule.alpha_sigma(t)[1].tolist()
         targets = schedule.target(one, 2 * one, t).flatten().tolist()
-        told = [v for _, v in sorted(vars(self.family).items()) if isinstance(v, (int, float))]
+        settings = [v for _, v in sorted(vars(self.family).items()) if isinstance(v, (int, float))]
         how = numerics(speed, run.device, run.accelerator.mixed_precision)
-        return [times, noise_levels, targets, told, how]
+        return [times, noise_levels, targets, settings, how]
 
     def _draw(self, epoch: int) -> int:
         """Which of its times and noises a pair meets in this epoch."""

@@ -144,10 +144,10 @@ def invert(
 
     A step down is linear in x_t and in the prediction, x_s = c x_t + mean(0, pred), and is solved
     for x_t. The prediction at x_t is needed before x_t is known: it is taken at x_s instead (DDIM
-    inversion, Song et al. 2021, section 4.3; Dhariwal & Nichol 2021, appendix F), and with more
-    `iterations` again at the x_t just found, whose fixed point is the exact inverse (Pan et al.
-    2023). In the dtype of x_0, as `rollout` stores paths. Raises InputError for a grid with noise,
-    or with a step that forgets where it came from.
+    inversion, Song et al. 2021, section 4.3), and with more `iterations` again at the x_t just
+    found, whose fixed point is the exact inverse (Pan et al. 2023). In the dtype of x_0, in the
+    order in which `rollout` stores paths. Raises InputError for a grid with noise, or with a step
+    that forgets where it came from.
     """
     if grid.stochastic:
         raise InputError("only a deterministic path can be inverted: use eta 0")

@@ -149,8 +149,8 @@ def test_the_score_is_the_density_of_the_picture_one_jump_away(name: str) -> Non
         torch.testing.assert_close(found[:, 0], want, rtol=1e-9, atol=1e-9)
 
 
-def test_steps_of_the_path_would_say_nothing_of_the_picture() -> None:
-    """Why they are not scored (docs/methods.md): x_s - mean is the predicted noise itself.
+def test_what_a_step_of_the_path_leaves_over_is_the_predicted_noise() -> None:
+    """Why steps are not scored (docs/methods.md): x_s - mean is no draw, as along a rollout.
 
     With eta > 0 the mean of a step falls short of the deterministic one by a multiple of eps, the
     same for every picture; with eta = 0 nothing is left.
