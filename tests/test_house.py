@@ -29,7 +29,8 @@ ORDER = {
         " | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
+        "draws, schedule, advantage, judging, optimizers, speed, sharding, launch | sampling"
+        " | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
         " | offline, held_out, online, evaluate, annotate, export"
         " | recipe, preflight, mini_sd | report | demo | __init__ | cli | __main__"
