@@ -136,7 +136,9 @@ class Learner:
         if policy.mesh is None:
             policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, optimizer)
         else:  # in pieces, which exchange gradients themselves: only the precision is left to do
-            policy.denoiser = run.accelerator.prepare_model(policy.bare, evaluation_mode=True)
+            policy.denoiser = run.accelerator.prepare_model(
+                policy.bare, device_placement=False, evaluation_mode=True
+            )
             wrapped = run.accelerator.prepare_optimizer(optimizer)
         return cls(policy, wrapped, objective, config)
 

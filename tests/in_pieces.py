@@ -2,8 +2,9 @@
 
     in_pieces.py plan.json
 
-The plan names a model, a folder for what is found, and trainings as lists of overrides, with a port
-each. Whatever does not hold ends the process with its AssertionError.
+The plan names a model and some of other families, a folder for what is found, and trainings as
+lists of overrides, with a port for each group of processes. Whatever does not hold ends the process
+with its AssertionError.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from d3po import recipe
-from d3po.families import load_family
+from d3po.families import FamilyConfig, load_family
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
+from d3po.sampling import image_noise
 from d3po.sharding import in_pieces, local, whole
 from d3po.trainer import Learner, OptimConfig
 from fifa.config import InputError
@@ -39,6 +41,8 @@ def main(plan_file: str) -> None:
         check_policy(plan["model"], method, run, folder)
     check_half_precision_base(plan["model"], run)
     check_refusals(plan["trainings"][0], run)
+    for model in plan["families"]:
+        check_family(model, run, folder)
     run.close()
     meet(plan["ports"].pop())
     check_half_precision_arithmetic(plan["model"], folder)
@@ -136,6 +140,27 @@ def check_swaps(cut: Policy, plain: Policy, base: Tensor) -> None:
     assert not torch.allclose(averaged, own)
     assert not torch.allclose(base, own)
     assert all(torch.equal(local(p), b) for p, b in zip(cut.trainable(), before, strict=True))
+
+
+def check_family(model: str, run: Run, folder: Path) -> None:
+    """A denoiser of another class in pieces: its answer, its gradient, its file."""
+    answers, gradients = [], []
+    for mesh in (None, run.mesh):
+        family = load_family(model, config=FamilyConfig(image_size=64))
+        policy = Policy(family, PolicyConfig(method="full"), mesh)
+        x_t = image_noise([1, 2], family.latent_shape, -1)
+        times = torch.tensor([7.0, 400.0]).to(family.schedule.time_dtype)
+        cond = family.encode_text(["a red circle", "two stars"])
+        answers.append(family.predict(policy.bare, x_t, times, cond))
+        answers[-1].square().mean().backward()
+        gradients.append([p.grad for p in policy.trainable()])
+        save = policy.saver()
+        if run.main:
+            save(folder / f"{Path(model).name}-{'plain' if mesh is None else 'cut'}")
+    assert torch.equal(*answers)
+    for plain, cut in zip(*gradients, strict=True):
+        if plain is not None:  # a norm that the last block of SD3 does not use
+            close(cut.full_tensor(), plain)
 
 
 def check_half_precision_base(model: str, run: Run) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 from pair_files import write_pairs
 from safetensors import safe_open
@@ -29,6 +30,11 @@ WEIGHTS = {
     "full": "weights/unet/diffusion_pytorch_model.safetensors",
 }
 
+FAMILIES = {
+    "sdxl": tiny_pipelines.sdxl,
+    "sd3": tiny_pipelines.sd3,
+    "flux": tiny_pipelines.flux,
+}
 KILLED = "pairs of rollouts, full"
 PARTS = ("policy", "optimizer")
 
@@ -128,6 +134,10 @@ def two(
     assert not (folder / "killed" / "weights").exists()
     plan = {
         "model": str(tiny_sd),
+        "families": [
+            str(tiny_pipelines.save(make, folder / "families" / name))
+            for name, make in FAMILIES.items()
+        ],
         "folder": str(folder),
         "trainings": [*(settings(name, folder / name) for name in TRAININGS), killed],
         "ports": [free_port() for _ in range(3 + len(TRAININGS))],
@@ -156,10 +166,10 @@ def moved(start: dict[str, Tensor], end: dict[str, Tensor]) -> float:
 # ---- a policy -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_policy_in_pieces_is_the_policy(two: Path, method: str) -> None:
+@pytest.mark.parametrize("policy", ["lora", "full", *FAMILIES])
+def test_a_policy_in_pieces_is_the_policy(two: Path, policy: str) -> None:
     """In the processes everything else was compared; here the files that they wrote."""
-    cut, plain = two / f"{method}-cut", two / f"{method}-plain"
+    cut, plain = two / f"{policy}-cut", two / f"{policy}-plain"
     files = sorted(path.relative_to(cut) for path in cut.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(plain) for path in plain.rglob("*") if path.is_file())
     for file in files:
