@@ -235,7 +235,8 @@ def main() -> None:
         draw(given.files, given.png)
         return
     result = online(given) if given.kind == "online" else stored(given)
-    write_atomic(given.out, json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1).replace(f"{ROOT}/", "")  # others have it elsewhere
+    write_atomic(given.out, text + "\n")
     for arm, found in result["arms"].items():
         for judge in found["judges"]:
             low, high = judge["difference_interval"]

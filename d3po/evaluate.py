@@ -361,6 +361,7 @@ class Evaluator:
         return result
 
     def _measure(self) -> list[PromptResult]:
+        rows = self.run.share(len(self.prompts))
         own = measure(
             self.family,
             self.policy.bare,
@@ -369,10 +370,10 @@ class Evaluator:
             self.prompts,
             self.config.images,
             self.config.seed,
-            rows=self.run.share(len(self.prompts)),
+            rows=self.run.in_step(rows, 0),
             keep_pictures=lambda row: row < self.config.grid_prompts,
         )
-        return self.run.collect(own)
+        return self.run.collect(own[: len(rows)])
 
 
 def sentence(result: JudgeResult) -> str:

@@ -129,22 +129,25 @@ class HeldOut:
         self.family, self.policy, self.run, self.health = family, policy, run, health
         self.beta, self.noise, self.reduce = beta, noise, reduce
         own = run.share(len(pairs))
+        parts = [own[i : i + BATCH] for i in range(0, len(own), BATCH)]
+        self.counted = len(parts)  # the others only keep step
         self.batches = [
-            self._encoded(own[i : i + BATCH], [pairs[row] for row in own[i : i + BATCH]])
-            for i in range(0, len(own), BATCH)
+            self._encoded(rows, [pairs[row] for row in rows])
+            for rows in run.in_step(parts, range(1))
         ]
 
     def __call__(self, step: int) -> dict[str, float]:
         """What the policy makes of the pairs after `step` optimizer steps, averaged weights."""
         sums = torch.zeros(5, dtype=torch.float64)
         with self.policy.averaged(), torch.no_grad():
-            for batch in self.batches:
+            for i, batch in enumerate(self.batches):
                 win, lose = self._logp(batch, self.policy.bare).chunk(2)
                 ref_win, ref_lose = batch.ref.chunk(2)
                 values = pair_metrics(win, lose, ref_win, ref_lose, self.beta)
                 kept = list(NAMES.values())
                 own = [len(win), *(float(values[name].double().sum()) for name in kept)]
-                sums += torch.tensor(own, dtype=torch.float64)
+                if i < self.counted:
+                    sums += torch.tensor(own, dtype=torch.float64)
         pairs, *totals = self.run.total(sums.tolist())
         means = {name: total / pairs for name, total in zip(NAMES, totals, strict=True)}
         found = {"pairs": pairs, **means}

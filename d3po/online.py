@@ -16,7 +16,7 @@ What differs from the published code:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -309,9 +309,11 @@ class OnlineSource:
         return Verdict(pairs, labels(found) if self.wants.kind == "labels" else found), metrics
 
     def _updates(self, index: int, rollout: Rollout, verdict: Verdict) -> Iterator[Update]:
-        count = len(rollout.places) // self.updates
+        count, idle = len(rollout.places) // self.updates, self._idle_block(rollout)
         blocks = [
-            self._blocks(rollout, verdict, range(u * count, (u + 1) * count))
+            self.run.in_step(
+                self._blocks(rollout, verdict, range(u * count, (u + 1) * count)), idle
+            )
             for u in range(self.updates)
         ]
         steps = {
@@ -331,8 +333,7 @@ class OnlineSource:
                     for block in own
                     for some in self._at_once(steps[u, epoch])
                 ]
-                found = sum(len(block) for block in own)
-                yield Update(chunks, found, partial(self._idle, rollout, steps[u, epoch][0]))
+                yield Update(chunks, sum(len(block) for block in own))
 
     def _blocks(self, rollout: Rollout, verdict: Verdict, groups: range) -> list[Block]:
         """The groups that teach something, micro_batch at a time, without idle images."""
@@ -395,6 +396,15 @@ class OnlineSource:
             value=torch.from_numpy(values.astype(np.float32)).to(device),
         )
 
+    def _idle_block(self, rollout: Rollout) -> Block:
+        """One image that nobody said anything about: a way through the network without a term.
+
+        All zeros: a latent of the rollout might be NaN, and 0 times that is no 0.
+        """
+        nobody = np.zeros(0, dtype=np.int64)
+        block = self._block(rollout, np.zeros(1, dtype=np.int64), nobody, nobody, np.zeros(0))
+        return replace(block, latents=torch.zeros_like(block.latents))
+
     def _chunk(self, block: Block, steps: Sequence[int]) -> Chunk | Rated:
         logp = partial(self._logp, block.latents, block.cond, steps)
         ref = block.ref[:, steps] if self.wants.reference else None
@@ -402,29 +412,8 @@ class OnlineSource:
             return Chunk(logp, block.win, block.lose, len(steps), ref)
         path = partial(self._path, block.latents, block.cond, steps)
         old, kind = block.old[:, steps], self.wants.kind
-        return Rated(logp, kind, block.value, len(steps), ref, old, path, self.reduce)
-
-    def _idle(self, rollout: Rollout, step: int) -> Chunk | Rated:
-        """One image that nobody said anything about: a way through the network without a term.
-
-        All zeros: a latent of the rollout might be NaN, and 0 times that is no 0.
-        """
-        device = rollout.latents.device
-        image = torch.zeros_like(rollout.latents[:1]), rollout.cond[:1]
-        logp, path = partial(self._logp, *image, [step]), partial(self._path, *image, [step])
-        if self.wants.kind == "pairs":
-            nobody = torch.empty(0, dtype=torch.long, device=device)
-            return Chunk(logp, nobody, nobody, 1, torch.zeros(1, 1, device=device))
-        nothing = torch.empty(0, 1, device=device)
-        return Rated(
-            lambda net: logp(net)[:0],
-            self.wants.kind,
-            nothing[:, 0],
-            steps=1,
-            ref=nothing,
-            old=nothing,
-            path=lambda net: PathScore(*(part[:0] for part in path(net))),
-        )
+        chunk = Rated(logp, kind, block.value, len(steps), ref, old, path, self.reduce)
+        return chunk if len(block) else _without_terms(chunk)
 
     def _logp(
         self, latents: Tensor, cond: Conditioning, steps: Sequence[int], denoiser: nn.Module
@@ -500,6 +489,20 @@ class OnlineSource:
 def _finite(values: Tensor) -> Tensor:
     """(B,) whether all of each row's values are finite."""
     return values.isfinite().flatten(1).all(1)
+
+
+def _without_terms(idle: Rated) -> Rated:
+    """A chunk whose images nobody rated: the same way through the network, and no row of it."""
+    logp, path, ref, old = idle.logp, idle.path, idle.ref, idle.old
+    assert path is not None  # as `_chunk` makes them
+    assert old is not None
+    return replace(
+        idle,
+        logp=lambda net: logp(net)[:0],
+        path=lambda net: PathScore(*(part[:0] for part in path(net))),
+        ref=None if ref is None else ref[:0],
+        old=old[:0],
+    )
 
 
 def groups_per_update(config: OnlineConfig, optim: OptimConfig, processes: int) -> int:

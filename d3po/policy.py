@@ -10,17 +10,19 @@ another, so that a resumed run can prove that it is compared with what it was co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from d3po.sharding import gathered, holding, local, piece_of, shard
 from fifa.config import Config, InputError, atomic_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from d3po.families import Family
 
@@ -57,11 +59,17 @@ class Policy:
     `bare` is the network itself. `denoiser` is what to call: it starts as `bare` and is to be set
     to whatever `accelerator.prepare(policy.bare)` returns; both share their weights, so adapters,
     references and averages take effect through the wrapper. A family carries one policy at most.
+
+    On a `mesh` of processes the network is cut up among them (see sharding): then `state_dict`,
+    `saver` and every forward pass are for all processes together.
     """
 
-    def __init__(self, family: Family, config: PolicyConfig) -> None:
+    def __init__(
+        self, family: Family, config: PolicyConfig, mesh: DeviceMesh | None = None
+    ) -> None:
         self.family = family
         self.config = config
+        self.mesh = mesh
         self.bare: Any = family.denoiser
         self.denoiser: nn.Module = family.denoiser
         self._stored: dict[str, Tensor] = {}  # the reference's own copy, full training only
@@ -71,9 +79,9 @@ class Policy:
         else:
             self._stored = {n: p.detach().clone().cpu() for n, p in self.bare.named_parameters()}
             self.bare.float().requires_grad_(True)
-        self._trained: dict[str, nn.Parameter] = {
-            name: p for name, p in self.bare.named_parameters() if p.requires_grad
-        }
+        self._trained = self._with_gradient()
+        if mesh is not None:
+            self._cut_up(mesh)
         self._ema: dict[str, Tensor] = {}
         self._ema_updates = 0
         self._restart_ema()
@@ -102,6 +110,17 @@ class Policy:
                 p.data = p.data.float()
         self._lora_layers = [m for m in self.bare.modules() if isinstance(m, BaseTunerLayer)]
 
+    def _with_gradient(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
+
+    def _cut_up(self, mesh: DeviceMesh) -> None:
+        self.fingerprint()  # now, while the weights are whole
+        self._network = type(self.bare)  # sharding makes it another class
+        shard(self.bare, mesh)
+        self._trained = self._with_gradient()
+        if self.config.method == "full":
+            self._stored = {name: local(p).clone().cpu() for name, p in self._trained.items()}
+
     # ---- weights --------------------------------------------------------------------------------
 
     def trainable(self) -> list[nn.Parameter]:
@@ -109,7 +128,13 @@ class Policy:
         return list(self._trained.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All a resume needs: the live trained weights by name, the average as `ema.<name>`."""
+        """All a resume needs: the live trained weights by name, the average as `ema.<name>`.
+
+        On a mesh: whole tensors, for the first process only.
+        """
+        return gathered(self._state(), self.mesh)
+
+    def _state(self) -> dict[str, Tensor]:
         import torch
 
         state = {name: p.detach() for name, p in self._trained.items()}
@@ -120,10 +145,10 @@ class Policy:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back exactly what `state_dict` gave; InputError if that was another policy's."""
-        own = self.state_dict()
+        own = self._state()
         _check_shapes("the stored policy", state, own)
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            local(tensor).copy_(local(piece_of(state[name], like=tensor)))
         if self._ema:
             self._ema_updates = int(state["ema_updates"])
 
@@ -133,9 +158,9 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Inside the block the denoiser is the reference, without gradients; then itself again.
 
-        Restored also when the block raises. Weights are swapped by pointer, never overwritten, so
-        a backward pass may lie on either side of the block; full training needs room for one more
-        copy of the weights on the device meanwhile.
+        Restored also when the block raises. Whole weights are swapped by pointer, never
+        overwritten, so a backward pass may lie on either side of the block; full training needs
+        room for one more copy of the weights (on a mesh: of the pieces) on the device meanwhile.
         """
         import torch
 
@@ -157,6 +182,10 @@ class Policy:
 
     @contextmanager
     def _swapped(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        if self.mesh is not None:
+            with holding(self._trained, tensors):
+                yield
+            return
         own = {name: p.data for name, p in self._trained.items()}
         try:
             for name, p in self._trained.items():
@@ -204,7 +233,7 @@ class Policy:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the policy has its averaged weights (without EMA, its own)."""
-        with self._swapped(self._ema or {n: p.data for n, p in self._trained.items()}):
+        with self._swapped(self._ema) if self._ema else nullcontext():
             yield
 
     def _restart_ema(self) -> None:
@@ -221,23 +250,49 @@ class Policy:
         folder `unet` in diffusers' layout, which must not exist yet. For the averaged weights,
         call it inside `averaged()`.
         """
-        from safetensors import SafetensorError
+        self.saver()(folder)
 
-        folder = Path(folder)
-        try:
-            if self.config.method == "lora":
-                self.family.save_lora(folder, self._lora_weights(), self._lora_metadata())
-            else:
-                with atomic_path(folder / self.family.denoiser_folder) as path:
-                    self.bare.save_pretrained(path)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise InputError(f"cannot write the weights to {folder}: {error}") from error
+    def saver(self) -> Callable[[str | Path], None]:
+        """`save` of the weights as they are now, for one process; taking them is for all."""
+        if self.config.method == "lora":
+            weights = gathered(self._lora_weights(), self.mesh)
+        else:
+            weights = {} if self.mesh is None else gathered(self.bare.state_dict(), self.mesh)
+
+        def save(folder: str | Path) -> None:
+            from safetensors import SafetensorError
+
+            folder = Path(folder)
+            try:
+                if self.config.method == "lora":
+                    self.family.save_lora(folder, weights, self._lora_metadata())
+                else:
+                    with atomic_path(folder / self.family.denoiser_folder) as path:
+                        self._whole_network(weights).save_pretrained(path)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise InputError(f"cannot write the weights to {folder}: {error}") from error
+
+        return save
+
+    def _whole_network(self, weights: Mapping[str, Tensor]) -> Any:
+        """The network with these weights; the bare one where it is whole itself."""
+        if self.mesh is None:
+            return self.bare
+        import torch
+
+        with torch.device("meta"):
+            network: Any = self._network.from_config(self.bare.config)
+        network.load_state_dict(weights, assign=True)
+        return network
 
     def load(self, folder: str | Path) -> None:
         """Take the trained weights from a folder that `save` wrote; the average starts from them.
 
-        The reference stays what it was. Raises InputError if the folder holds something else.
+        The reference stays what it was. Raises InputError if the folder holds something else. Not
+        for a network in pieces: those are resumed by `load_state_dict`.
         """
+        if self.mesh is not None:
+            raise ValueError("a network in pieces takes weights by load_state_dict")
         folder = Path(folder)
         if self.config.method == "lora":
             self._load_lora(folder)

@@ -175,11 +175,12 @@ def train(config: TrainConfig) -> RunFolder:
     """
     run = Run(_with_labels_saved(config))
     try:
+        _check_pieces(config, run)
         objective = BoundObjective.from_config(config.objective)
-        family = load_family(config.model, _base_dtype(config, run), run.device, config.family)
+        family = _family(config, run)
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
         prepare_network(config.speed, family.denoiser)
-        policy = Policy(family, config.policy)
+        policy = Policy(family, config.policy, run.mesh)
         held_out = evaluation_prompts(config)
         health = Health(config.health, config.objective.beta)
         source = _source(config, objective.wants, family, policy, held_out, run)
@@ -195,7 +196,7 @@ def train(config: TrainConfig) -> RunFolder:
             _check_labels(config, evaluator, run, health)
             fit(learner, source, run, _all(evaluator, watch), config.eval.every, health)
         with policy.averaged():
-            weights = run.save_weights(policy.save)
+            weights = run.save_weights(policy.saver())
         run.say(f"weights are in {weights}")
         if health.stopped is not None:
             raise InputError(f"stopped, as health.stop asks: {health.stopped.words}")
@@ -209,6 +210,33 @@ def _with_labels_saved(config: TrainConfig) -> RunConfig:
     if config.online is None or config.online.labels is None:
         return config.run
     return config.run.model_copy(update={"checkpoint_every": 1})
+
+
+def _check_pieces(config: TrainConfig, run: Run) -> None:
+    """InputError for settings that do not go with weights in pieces."""
+    if run.mesh is None:
+        return
+    wrong = {
+        f"optim.kind={config.optim.kind}": config.optim.kind != "adamw",
+        "optim.offload": config.optim.offload,
+        "run.mixed_precision=fp16": run.accelerator.mixed_precision == "fp16",
+        "speed.channels_last": config.speed.channels_last,
+        "speed.compile": config.speed.compile is not None,
+    }
+    if found := [name for name, asked in wrong.items() if asked]:
+        raise InputError(
+            f"{', '.join(found)} cannot be had with weights in pieces (FSDP2): change it, or "
+            "launch with configs/accelerate/ddp.yaml"
+        )
+
+
+def _family(config: TrainConfig, run: Run) -> Family:
+    """The model, on the device of the run but for a denoiser that is still to be cut up."""
+    place = run.device if run.mesh is None else torch.device("cpu")
+    family = load_family(config.model, _base_dtype(config, run), place, config.family)
+    for part in encoders(family):
+        part.to(run.device)
+    return family
 
 
 def _base_dtype(config: TrainConfig, run: Run) -> torch.dtype:

@@ -45,12 +45,12 @@ class ReferenceScores:
     def _make(self, draw: int, path: Path) -> None:
         self.run.say(f"scoring {self.count} pairs under the reference, once for noise draw {draw}")
         starts = range(0, self.count, self.batch)
-        parts = [np.empty((0, 2), np.float32)]
-        for i in self.run.share(len(starts)):
+        own, parts = self.run.share(len(starts)), [np.empty((0, 2), np.float32)]
+        for i in self.run.in_step(own, 0):
             self.run.status(f"reference, pair {starts[i]} of {self.count}")
             rows = range(starts[i], min(starts[i] + self.batch, self.count))
             parts.append(self.score(draw, rows))
-        scores = np.concatenate(self.run.collect([np.concatenate(parts)]))
+        scores = np.concatenate(self.run.collect([np.concatenate(parts[: 1 + len(own)])]))
 
         def write() -> None:
             with atomic_path(path) as file:

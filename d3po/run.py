@@ -30,12 +30,15 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from d3po.launch import in_pieces, plain_processes
+from d3po.sharding import mesh_of
 from fifa.config import Config, InputError, atomic_path, finite, take_lock, to_yaml, write_atomic
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from rich.progress import Progress as RichProgress
+    from torch.distributed.device_mesh import DeviceMesh
 
     from fifa.images import Pixels
 
@@ -304,7 +307,13 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         _check_trackers(config.trackers)
         self.config = config
-        self.accelerator = _accelerator(config)
+        cut_up = in_pieces()
+        with plain_processes():
+            self.accelerator = _accelerator(config)
+        # the processes among which the weights are cut up; None: each has all of them
+        self.mesh: DeviceMesh | None = None
+        if cut_up and self.processes > 1:
+            self.mesh = mesh_of(self.device, self.processes)
         self.folder = RunFolder(config.dir)
         self.start: Checkpoint | None = None  # where to go on; None: from the beginning
         self._display = _Display(config.log_every) if self.main else None
@@ -344,6 +353,15 @@ class Run:
     def share(self, count: int) -> range:
         """The part of 0..count-1 that this process works on; parts differ by at most one item."""
         return share(count, self.accelerator.process_index, self.processes)
+
+    def in_step(self, items: Sequence[R], idle: R) -> list[R]:
+        """`items`, then `idle` until every process has as many; all must take part.
+
+        For what sends items through the network: weights in pieces (FSDP), and gradients that meet
+        on the way back, want equally many passes on all processes.
+        """
+        most = max(self.collect([len(items)]))
+        return [*items, *[idle] * (most - len(items))]
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sum over processes, in float64; every process gets the result and must take part."""
@@ -488,31 +506,7 @@ def _check_trackers(trackers: Sequence[str]) -> None:
             )
 
 
-# What accelerate launch sets when it is asked to cut the weights up among the processes.
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-
-
-def _check_launcher() -> None:
-    """InputError if the launcher wants weights in pieces, instead of a run that hangs.
-
-    Here each process runs as many forward passes as its own pictures need, which weights in pieces
-    do not survive. And accelerate 1.15 forgets FSDP without a word where there is no GPU.
-    """
-    for variable, name in _SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise InputError(
-                f"accelerate was told to use {name}, which this trainer does not support: launch "
-                "with configs/accelerate/ddp.yaml, and save memory by policy.method=lora, "
-                "optim.gradient_checkpointing, optim.offload or optim.kind=adafactor"
-            )
-
-
 def _accelerator(config: RunConfig) -> Accelerator:
-    _check_launcher()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs

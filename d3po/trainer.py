@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -31,8 +31,12 @@ from d3po.losses import BoundObjective
 from d3po.optimizers import Kind, build_optimizer
 from d3po.policy import Policy
 from d3po.run import Progress, Run, flatten
+from d3po.sharding import gathered, piece_of, whole
 from d3po.updates import Facts, Source, Update
 from fifa.config import Config, InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 R = TypeVar("R")
 
@@ -129,7 +133,13 @@ class Learner:
             fused=config.fused,
             offload=config.offload,
         )
-        policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, optimizer)
+        if policy.mesh is None:
+            policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, optimizer)
+        else:  # in pieces, which exchange gradients themselves: only the precision is left to do
+            policy.denoiser = run.accelerator.prepare_model(
+                policy.bare, device_placement=False, evaluation_mode=True
+            )
+            wrapped = run.accelerator.prepare_optimizer(optimizer)
         return cls(policy, wrapped, objective, config)
 
 
@@ -139,8 +149,7 @@ class Learner:
 def reference_logp(policy: Policy, score: Callable[[nn.Module], R]) -> R:
     """What `score` gives under the reference, without gradient.
 
-    Through the bare network: processes may have different numbers of chunks, and must not wait for
-    each other here.
+    Through the bare network: there are no gradients to exchange.
     """
     with policy.reference():
         return score(policy.bare)
@@ -200,10 +209,11 @@ def _backward(
     `shared` are facts about the update as a whole.
     """
     policy, objective = learner.policy, learner.objective
-    chunks = update.chunks or ([update.idle()] if update.idle else [])
     sums: dict[str, float] = {}
-    for i, chunk in enumerate(chunks):
-        last = i == len(chunks) - 1  # gradients of the processes meet once, on the last way back
+    for i, chunk in enumerate(update.chunks):
+        last = (
+            i == len(update.chunks) - 1
+        )  # gradients of the processes meet once, on the last way back
         with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
             as_reference = partial(reference_logp, policy)
             facts = {**chunk.facts(policy.denoiser, as_reference, objective.takes), **shared}
@@ -222,7 +232,7 @@ def _optimizer_step(learner: Learner, run: Run, step: int) -> tuple[float, bool]
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    norm = float(run.accelerator.clip_grad_norm_(learner.policy.trainable(), limit))
+    norm = float(whole(run.accelerator.clip_grad_norm_(learner.policy.trainable(), limit)))
     stepped = math.isfinite(norm)
     # The fp16 scaler wants to see overflows: it skips the step itself and lowers its scale.
     if stepped or run.accelerator.scaler is not None:
@@ -341,7 +351,7 @@ def _checkpoint(learner: Learner, run: Run, progress: Progress, health: Health) 
     )
     tensors = {
         "policy": learner.policy.state_dict(),
-        "optimizer": _optimizer_tensors(learner.optimizer),
+        "optimizer": _optimizer_tensors(learner.optimizer, learner.policy.mesh),
     }
     run.save(note, tensors, health.to_keep(run.folder.steps()))
 
@@ -375,24 +385,29 @@ def _resume(learner: Learner, run: Run, health: Health) -> Progress:
     return progress
 
 
-def _optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: Any, mesh: DeviceMesh | None) -> dict[str, Tensor]:
     """The state as {"<parameter number>.<name>": tensor}; the settings live in the config.
 
-    8-bit Adam nests part of its state in a dict of its own; those names have another dot.
+    Whole tensors, as `gathered` gives them. 8-bit Adam nests part of its state in a dict of its
+    own; those names have another dot.
     """
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    tensors: dict[str, Tensor] = {}
+    named = {
+        f"{i}.{name}": torch.as_tensor(value)
+        for i, own in state.items()
+        for name, value in flatten(own).items()
+    }
+    tensors = gathered(named, mesh)
     seen: set[int] = set()
-    for i, own in state.items():
-        for name, value in flatten(own).items():
-            tensor = torch.as_tensor(value)
-            shared = tensor.data_ptr() in seen  # 8-bit Adam: one table of levels for all weights
-            seen.add(tensor.data_ptr())
-            tensors[f"{i}.{name}"] = tensor.clone() if shared else tensor
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:  # 8-bit Adam: one table of levels for all weights
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     return tensors
 
 
 def _load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         number, *inner, name = key.split(".")
@@ -400,6 +415,9 @@ def _load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
         for part in inner:
             own = own.setdefault(part, {})
         counts = value.ndim == 0 and value.dtype == torch.int64  # was a Python number
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            value = piece_of(value, like=parameter)
         own[name] = value.item() if counts else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

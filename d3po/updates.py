@@ -113,13 +113,12 @@ class Rated:
 class Update:
     """This process's share of one optimizer step.
 
-    `idle` is gone through when `chunks` is empty here but not on another process: DDP adds
-    gradients up while it walks back through a network, so every process has to walk.
+    All processes have equally many chunks, of equally many network calls: gradients (DDP) and
+    weights in pieces (FSDP) meet on the way through a network, so every process has to walk.
     """
 
     chunks: Sequence[Chunk | Rated]
     pairs: int  # or rated images, on this process; each may be in several chunks, at other steps
-    idle: Callable[[], Chunk | Rated] | None = None  # None: this process always has chunks
 
     @property
     def terms(self) -> int:

@@ -263,9 +263,9 @@ def test_a_round_where_nobody_is_liked_has_no_update(start: Start, run: Run) -> 
 @pytest.mark.parametrize("name", ["kto", "ddpo", "dpok", "reward_weighted", "sppo"])
 def test_an_idle_process_walks_without_a_term(start: Start, run: Run, name: str) -> None:
     learner, source = start(name)
-    update = next(source.round(0).updates)
-    assert update.idle is not None
-    chunk, asked = update.idle(), learner.objective.takes
+    block = source._idle_block(source._sample(0))
+    block.ref.zero_()
+    chunk, asked = source._chunk(block, [0]), learner.objective.takes
     assert chunk.terms == 0
     facts = chunk.facts(learner.policy.denoiser, lambda f: reference_logp(learner.policy, f), asked)
     facts["baseline"] = torch.tensor(0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -262,15 +263,51 @@ def test_piped_output_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
-def test_weights_in_pieces_are_refused_before_anything_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+def test_engines_of_others_are_refused_before_anything_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
-    with pytest.raises(InputError, match=rf"told to use {name}, .*configs/accelerate/ddp\.yaml"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match=r"told to use DeepSpeed, .*configs/accelerate/ddp\.yaml"):
         Run(RunConfig(dir=str(tmp_path)))
-    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     Run(RunConfig(dir=str(tmp_path))).close()
+
+
+def fsdp_settings() -> dict[str, str]:
+    """What accelerate launch sets for configs/accelerate/fsdp2.yaml."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = str(LAUNCHERS[0].with_name("fsdp2.yaml"))
+    arguments = launch_command_parser().parse_args(["--config_file", file, "train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    told = prepare_multi_gpu_env(arguments)
+    return {key: value for key, value in told.items() if "FSDP" in key}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "only"),
+    [
+        ("FSDP_VERSION", "1", "2"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "true"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "false"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "false"),
+    ],
+)
+def test_fsdp_of_another_kind_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, only: str
+) -> None:
+    for name, told in fsdp_settings().items():
+        monkeypatch.setenv(name, told)
+    run = Run(RunConfig(dir=str(tmp_path)))
+    assert run.mesh is None  # one process has all of the weights
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    run.close()
+    monkeypatch.setenv(setting, value)
+    sentence = rf"told {setting.lower()}={value}, which must be {only} here .*fsdp2\.yaml"
+    with pytest.raises(InputError, match=sentence):
+        Run(RunConfig(dir=str(tmp_path)))
 
 
 LAUNCHERS = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
@@ -282,6 +319,7 @@ def test_launcher_files_are_what_accelerate_reads() -> None:
     machines = {}
     for path in LAUNCHERS:
         found = load_config_from_file(str(path))  # refuses keys that it does not know
-        assert found.distributed_type.value == "MULTI_GPU"
+        kind = "FSDP" if path.name == "fsdp2.yaml" else "MULTI_GPU"
+        assert found.distributed_type.value == kind
         machines[path.name] = (found.num_machines, found.num_processes)
-    assert machines == {"ddp.yaml": (1, 8), "nodes.yaml": (2, 16)}
+    assert machines == {"ddp.yaml": (1, 8), "fsdp2.yaml": (1, 8), "nodes.yaml": (2, 16)}

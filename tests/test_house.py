@@ -30,7 +30,8 @@ ORDER = {
         " | __init__ | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule, advantage, judging, optimizers, speed | sampling | likelihood, objectives"
+        "draws, schedule, advantage, judging, optimizers, speed, sharding, launch | sampling"
+        " | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
         " | inversion"
         " | offline, held_out, online, evaluate, export"
