@@ -25,7 +25,7 @@ from d3po import recipe
 from d3po.families import guided, load_family
 from d3po.families.conditioning import Conditioning
 from d3po.generate import Generated, SamplerConfig, generate
-from d3po.judging import Place, Scores
+from d3po.judging import Hearing, Place, Scores
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import OBJECTIVES, POLICY_GRADIENT, REFERENCE_FREE, UNPAIRED
 from d3po.offline import OfflineConfig, OfflineSource, cached_pairs
@@ -202,7 +202,9 @@ def test_an_update_has_the_gradient_of_the_loss_as_written(
 ) -> None:
     learner, source = start(name)
     paths: list[Any] = []
-    monkeypatch.setattr(source, "_sample", lambda i: paths.append(roll(i)) or paths[-1])
+    monkeypatch.setattr(
+        source, "_sample", lambda i, hearing: paths.append(roll(i, hearing)) or paths[-1]
+    )
     roll = type(source)._sample.__get__(source)
     found = source.round(0)
     written = Written(learner, source, paths[0].latents, paths[0].cond)
@@ -263,7 +265,7 @@ def test_a_round_where_nobody_is_liked_has_no_update(start: Start, run: Run) -> 
 @pytest.mark.parametrize("name", ["kto", "ddpo", "dpok", "reward_weighted", "sppo"])
 def test_an_idle_process_walks_without_a_term(start: Start, run: Run, name: str) -> None:
     learner, source = start(name)
-    block = source._idle_block(source._sample(0))
+    block = source._idle_block(source._sample(0, Hearing(source.judge, False)))
     block.ref.zero_()
     chunk, asked = source._chunk(block, [0]), learner.objective.takes
     assert chunk.terms == 0
