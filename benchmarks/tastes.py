@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--pixel-people", type=int, default=40)
     parser.add_argument("--tastes", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument(
-        "--logits", type=float, nargs=2, default=[17, 44], help="scale of the utility, A and B"
+        "--logits", type=float, nargs=2, default=[6, 24], help="scale of the utility, A and B"
     )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
