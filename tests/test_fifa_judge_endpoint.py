@@ -475,7 +475,7 @@ def stored(path: Path) -> set[str]:
 
 def test_a_killed_run_asks_only_for_the_rest(tmp_path: Path) -> None:
     def slow(chat: Any, body: dict[str, Any]) -> None:
-        time.sleep(0.01)
+        time.sleep(0.1)
         says("6")(chat, body)
 
     prompts = [f"prompt {n}" for n in range(300)]
