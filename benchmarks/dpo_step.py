@@ -43,7 +43,8 @@ from torch import Tensor
 
 from d3po.draws import derive_seed, shuffled
 from d3po.losses import BoundObjective, ObjectiveConfig
-from d3po.offline import OfflineConfig, OfflineSource, cached_pairs
+from d3po.offline import OfflineConfig, OfflineSource
+from d3po.pair_cache import cached_pairs
 from d3po.policy import Policy
 from d3po.run import Run, RunConfig
 from d3po.sampling import image_noise

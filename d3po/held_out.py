@@ -21,7 +21,8 @@ from d3po.generate import encode_prompts
 from d3po.health import Health
 from d3po.likelihood import renoise_logp
 from d3po.objectives import pair_metrics
-from d3po.offline import OfflineConfig, fitted
+from d3po.offline import OfflineConfig
+from d3po.pair_cache import fitted
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.sampling import Reduce, image_noise

@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from d3po.families import Family, guided
-from d3po.families.conditioning import Conditioning
+from d3po.pair_cache import PairCache
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.sampling import invert
@@ -59,38 +59,6 @@ class InversionConfig(Config):
     )
 
 
-class EncodedPairs(Protocol):
-    """What is asked of a pair cache: Q pairs."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        ...
-
-    @property
-    def win(self) -> NDArray[Any]:
-        """Latents (Q, C, h, w) of the winners."""
-        ...
-
-    @property
-    def lose(self) -> NDArray[Any]:
-        """Latents (Q, C, h, w) of the losers."""
-        ...
-
-    @property
-    def prompt(self) -> NDArray[np.int64]:
-        """(Q,) rows of the conditioning."""
-        ...
-
-    def conditioning(self, rows: Sequence[int]) -> Conditioning:
-        """Rows of the conditioning; 0 is the empty prompt."""
-        ...
-
-    def __len__(self) -> int:
-        """Q."""
-        ...
-
-
 class InvertedPaths:
     """The noise of K points on the paths of all pairs, on disk beside the pairs.
 
@@ -106,7 +74,7 @@ class InvertedPaths:
         batch: int,
         family: Family,
         policy: Policy,
-        cache: EncodedPairs,
+        cache: PairCache,
         run: Run,
         numerics: Sequence[Any],
     ) -> None:

@@ -210,10 +210,8 @@ def _backward(
     """
     policy, objective = learner.policy, learner.objective
     sums: dict[str, float] = {}
-    for i, chunk in enumerate(update.chunks):
-        last = (
-            i == len(update.chunks) - 1
-        )  # gradients of the processes meet once, on the last way back
+    for i, chunk in enumerate(update.chunks, 1):
+        last = i == len(update.chunks)  # gradients of the processes meet once, on the last way back
         with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
             as_reference = partial(reference_logp, policy)
             facts = {**chunk.facts(policy.denoiser, as_reference, objective.takes), **shared}

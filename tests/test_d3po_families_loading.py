@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from d3po import families
 from d3po.families import FAMILIES, FamilyConfig, guided, load_family
-from d3po.offline import OfflineConfig, _cache_key
+from d3po.offline import OfflineConfig
+from d3po.pair_cache import _cache_key
 from fifa.config import InputError
 from fifa.pairs import PairTable
 

@@ -19,7 +19,8 @@ from d3po.families import load_family
 from d3po.inversion import InversionConfig, InvertedPaths, points_within
 from d3po.likelihood import renoise_logp
 from d3po.losses import BoundObjective, ObjectiveConfig
-from d3po.offline import OfflineConfig, OfflineSource, PairCache, cached_pairs
+from d3po.offline import OfflineConfig, OfflineSource
+from d3po.pair_cache import PairCache, cached_pairs
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.sampling import invert, rollout, step_mean

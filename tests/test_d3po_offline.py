@@ -19,9 +19,8 @@ from torch import Tensor
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, load_family
 from d3po.losses import BoundObjective, ObjectiveConfig
-from d3po.offline import (
-    OfflineConfig,
-    OfflineSource,
+from d3po.offline import OfflineConfig, OfflineSource
+from d3po.pair_cache import (
     PairCache,
     build_cache,
     cached_pairs,
@@ -430,7 +429,7 @@ def test_two_runs_that_want_the_same_pairs_build_them_once(
         time.sleep(0.5)  # the other one is there by then
         build_cache(*given)
 
-    monkeypatch.setattr("d3po.offline.build_cache", slowly)
+    monkeypatch.setattr("d3po.pair_cache.build_cache", slowly)
     runs = [Run(RunConfig(dir=str(tmp_path / name))) for name in ("one", "other")]
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda run: cached_pairs(config, family, run), runs)

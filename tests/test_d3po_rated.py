@@ -28,8 +28,9 @@ from d3po.generate import Generated, SamplerConfig, generate
 from d3po.judging import Hearing, Place, Scores
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import OBJECTIVES, POLICY_GRADIENT, REFERENCE_FREE, UNPAIRED
-from d3po.offline import OfflineConfig, OfflineSource, cached_pairs
+from d3po.offline import OfflineConfig, OfflineSource
 from d3po.online import OnlineConfig, OnlineSource
+from d3po.pair_cache import cached_pairs
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.trainer import Learner, OptimConfig, reference_logp, train_step

@@ -31,6 +31,8 @@ SMALLER = {
     r"(benchmarks/rewardbench\.py pixels)": r"\1 --pairs 2 --prompts 2",
     r"(fifa reward bench-build \S+) --pairs 100": r"\1 --pairs 4",
     r"--others \d+": "--others 200",
+    r"(benchmarks/overoptimisation\.py)": r"\1 --steps 2 --every 2 --prompts 2 "
+    "--proxies mini leaky",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
     r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",
     r"(benchmarks/judging\.py) --turns 3": r"\1 --turns 1 --groups 2 --steps 2 --shares 1",

@@ -10,7 +10,8 @@ import pytest
 from pair_files import write_pairs
 from typer.testing import CliRunner
 
-from fifa.cli import _lines, _quoted, app
+from fifa.cli import app
+from fifa.terminal import plain_lines, quoted
 
 
 def fifa(*args: object) -> subprocess.CompletedProcess[str]:
@@ -104,13 +105,13 @@ def test_help_has_an_example(command: str) -> None:
 def test_options_survive_the_way_through_yaml(text: str) -> None:
     import yaml
 
-    assert str(yaml.safe_load(_quoted(text))) == text
+    assert str(yaml.safe_load(quoted(text))) == text
 
 
 def test_plain_progress_begins_ends_and_is_quiet_between(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    show = _lines(every=60.0)
+    show = plain_lines(every=60.0)
     for done in range(0, 101, 10):
         show("scoring", done, 100)
     lines = capsys.readouterr().err.splitlines()

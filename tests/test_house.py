@@ -27,13 +27,13 @@ ORDER = {
         "config, images | pairs | miniworld, sources, rewards, embed, judge | knn"
         " | features | selection, bench, denylist | proxies | scoring, filtering, sweep, report"
         " | rewardbench"
-        " | __init__ | cli | __main__"
+        " | __init__ | terminal | reward_cli | cli | __main__"
     ),
     "d3po": (
         "draws, schedule, advantage, judging, optimizers, speed, sharding, launch | sampling"
         " | likelihood, objectives"
         " | updates | losses | families | generate | policy | run, health | trainer, reference"
-        " | inversion"
+        " | pair_cache | inversion"
         " | offline, held_out, online, evaluate, export"
         " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
     ),
@@ -53,7 +53,7 @@ NEVER = {
 }
 
 HEAVY = {"torch", "diffusers", "transformers", "faiss", "open_clip"}
-MAY_PRINT = {"cli.py", "train.py", "run.py"}
+MAY_PRINT = {"cli.py", "reward_cli.py", "terminal.py", "train.py", "run.py"}
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 SEEDERS = {
     "torch.manual_seed",

@@ -1,6 +1,6 @@
 """`--kind lora`: the cosine of an encoder whose last blocks learn from people's choices.
 
-PickScore's recipe (Kirstain et al. 2023, arXiv 2305.01569, section 4) at the cost of an adapter:
+PickScore's recipe (Kirstain et al. 2023, arXiv 2305.01569) at the cost of an adapter:
 with s the learned scale and c(x) the cosine of picture x and the prompt,
 
     P(a beats b) = exp(s c(a)) / (exp(s c(a)) + exp(s c(b))),
