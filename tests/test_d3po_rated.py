@@ -511,6 +511,7 @@ def test_two_processes_learn_what_one_learns(
         text=True,
         env=environment(CUDA_VISIBLE_DEVICES=""),
         check=False,
+        timeout=600,  # processes that wait for each other wait for ever
     )
     assert ended.returncode == 0, ended.stderr
     one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))

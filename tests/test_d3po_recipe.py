@@ -310,6 +310,7 @@ def test_two_processes_learn_what_one_learns(
         text=True,
         env=environment(CUDA_VISIBLE_DEVICES=""),
         check=False,
+        timeout=600,  # processes that wait for each other wait for ever
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("training 8/8") == 1  # the first process alone prints

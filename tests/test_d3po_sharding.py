@@ -149,6 +149,7 @@ def two(
         text=True,
         env=environment(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(Path(TRAIN).parent)),
         check=False,
+        timeout=600,  # processes that wait for each other wait for ever
     )
     assert ended.returncode == 0, ended.stderr
     return folder
