@@ -66,8 +66,8 @@ def test_evaluate_judges_as_the_training_did(
 ) -> None:
     assert d3po(monkeypatch, "evaluate", run) == 0
     found = json.loads((run / "evaluation.json").read_text())
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    assert last["kind"] == "eval"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
     own = last["judges"]["jpeg_compressibility"]
     assert found["judges"][0]["difference"] == pytest.approx(own["difference"], abs=1e-3)
     assert (found["prompts"], found["images"]) == (2, 2)

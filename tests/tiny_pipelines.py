@@ -6,7 +6,10 @@ whose vocabulary was learnt from three sentences. The global random state is lef
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +41,41 @@ CORPUS = (
 
 
 def clip_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer whose byte-pair merges were learnt from CORPUS."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    """A CLIP tokenizer whose byte-pair merges were learnt from CORPUS: each of its words is one.
+
+    The same in every process; tokenizers' own trainer breaks ties by a hash of its own.
+    """
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = sorted({word for line in CORPUS for word in line.split()})
+    merges = _merges(words)
+    ends = sorted({f"{word[-1]}</w>" for word in words})
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *ends]
+    tokens += dict.fromkeys(first + second for first, second in merges)
     folder.mkdir(parents=True, exist_ok=True)
-    bpe.model.save(str(folder))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """The pairs of pieces that byte-pair encoding joins, most frequent first, until words are one.
+
+    Sennrich et al. 2016, algorithm 1; of equally frequent pairs the last by name.
+    """
+    pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    found = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        found.append(best)
+        for word in pieces:
+            for i in reversed(range(len(word) - 1)):
+                if tuple(word[i : i + 2]) == best:
+                    word[i : i + 2] = ["".join(best)]
+    return found
 
 
 def t5_tokenizer() -> Any:
