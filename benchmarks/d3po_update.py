@@ -23,7 +23,6 @@ import dataclasses
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +35,7 @@ from side_by_side import (
     apart,
     flops,
     gradient_left_by,
+    matrix_rate,
     megabytes,
     policy_near_reference,
     seconds_of,
@@ -281,17 +281,6 @@ def times(turns: Sequence[Turn], at_once: int, straight_flops: int, own_flops: i
         "straight_gflops_per_second": round(straight_flops / straight / 1e9, 1),
         "gflops_per_second": round(own_flops / own / 1e9, 1),
     }
-
-
-def matrix_rate(size: int = 1024) -> float:
-    """GFLOP/s of a float32 matrix product on this machine, on the threads in use."""
-    a = torch.randn(size, size)
-    seconds = []
-    for _ in range(9):
-        start = time.process_time()
-        a @ a
-        seconds.append(time.process_time() - start)
-    return 2 * size**3 / statistics.median(seconds) / 1e9
 
 
 def main() -> None:

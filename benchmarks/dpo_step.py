@@ -35,6 +35,7 @@ from side_by_side import (
     apart,
     flops,
     gradient_left_by,
+    matrix_rate,
     megabytes,
     policy_near_reference,
     seconds_of,
@@ -209,9 +210,9 @@ def compare(method: str, batch: int, data: str, folder: str, turns: int) -> dict
     sides, encoding = sides_of(method, batch, data, folder)
     steps = len(sides.pairs) // batch  # of one epoch; the first turn warms up
     found = [sides.turn(turn % steps) for turn in range(turns + 1)][1:]
-    flop_ratio = flops(lambda: sides.straight_step(0)) / flops(
-        lambda: sides.own_step(sides.fresh, 0)
-    )
+    straight_flops = flops(lambda: sides.straight_step(0))
+    own_flops = flops(lambda: sides.own_step(sides.fresh, 0))
+    cached_flops = flops(lambda: sides.own_step(sides.once, 0))
     sides.run.close()
     straight, own, cached = (statistics.median(turn[i] for turn in found) for i in range(3))
     ratios = sorted(turn[0] / turn[1] for turn in found)
@@ -226,7 +227,10 @@ def compare(method: str, batch: int, data: str, folder: str, turns: int) -> dict
         "ratio_lowest": round(ratios[0], 2),
         "ratio_highest": round(ratios[-1], 2),
         "ratio_cached_reference": round(statistics.median(t[0] / t[2] for t in found), 2),
-        "flop_ratio": round(flop_ratio, 2),
+        "flop_ratio": round(straight_flops / own_flops, 2),
+        "flop_ratio_cached_reference": round(straight_flops / cached_flops, 2),
+        "straight_gflops_per_second": round(straight_flops / straight / 1e9, 1),
+        "gflops_per_second": round(own_flops / own / 1e9, 1),
         "encoding_in_straight_steps": round(encoding / len(sides.pairs) * batch / straight, 2),
         "largest_gradient_difference": max(turn[3] for turn in found),
         "second_unet_mb": megabytes(sides.straight.reference),
@@ -257,6 +261,7 @@ def main() -> None:
         "what": "one Diffusion-DPO step, mini model, float32, one thread, gradient only",
         "turns": arguments.turns,
         "torch": torch.__version__,
+        "matrix_gflops_per_second": round(matrix_rate(), 1),
         "rows": rows,
     }
     if arguments.out:

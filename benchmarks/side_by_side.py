@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,17 @@ def flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
+
+
+def matrix_rate(size: int = 1024) -> float:
+    """GFLOP/s of a float32 matrix product on this machine, on the threads in use."""
+    a = torch.randn(size, size)
+    seconds = []
+    for _ in range(9):
+        start = time.process_time()
+        a @ a
+        seconds.append(time.process_time() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e9
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
