@@ -157,6 +157,22 @@ def _view(pixels: bytes) -> View:
     return look(np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 3))
 
 
+FLAWS: dict[str, dict[str, Any]] = {
+    "noise 0.1": {"noise": 0.1},
+    "noise 0.3": {"noise": 0.3},
+    "noise 1": {"noise": 1.0},
+    "blind to relations": {"blind": ("relation",)},
+    "blind to counts": {"blind": ("count",)},
+    "blind to colours": {"blind": ("colour", "count")},
+    "objects alone": {"blind": ("colour", "size", "count", "relation", "background", "without")},
+}
+
+
+def flawed(path: str) -> Flawed:
+    """The oracle with a flaw of FLAWS, by its name: the reward `rewardbench:flawed:NAME`."""
+    return Flawed(path, **FLAWS[path])
+
+
 def contestants() -> list[Reward]:
     """Real rewards of the table, mixtures of them, and oracles with a flaw each."""
     named = (
@@ -174,16 +190,7 @@ def contestants() -> list[Reward]:
         "0.2*mini+1*neatness",
         "0.1*mini+10*saturation",
     )
-    flawed = (
-        Flawed("noise 0.1", noise=0.1),
-        Flawed("noise 0.3", noise=0.3),
-        Flawed("noise 1", noise=1.0),
-        Flawed("blind to relations", ("relation",)),
-        Flawed("blind to counts", ("count",)),
-        Flawed("blind to colours", ("colour", "count")),
-        Flawed("objects alone", ("colour", "size", "count", "relation", "background", "without")),
-    )
-    return [*map(load_reward, named), *flawed]
+    return [*map(load_reward, named), *map(flawed, FLAWS)]
 
 
 def candidates(prompts: int, seed: int) -> tuple[list[str], Any]:
