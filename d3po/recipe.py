@@ -20,7 +20,8 @@ from d3po.offline import OfflineConfig, OfflineSource
 from d3po.online import OnlineConfig, OnlineSource, groups_per_update
 from d3po.pair_cache import cached_pairs, held_out_prompts, skipped_rows, told
 from d3po.policy import Policy, PolicyConfig
-from d3po.run import Run, RunConfig, RunFolder
+from d3po.run import Run, RunConfig
+from d3po.run_folder import RunFolder
 from d3po.speed import SpeedConfig, encoders, kernels, prepare_network
 from d3po.trainer import Learner, OptimConfig, fit, whole_rounds
 from d3po.updates import Source, Wants

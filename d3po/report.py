@@ -27,7 +27,7 @@ from d3po.evaluate import Evaluation, JudgeResult, PromptResult, measure
 from d3po.health import HealthConfig
 from d3po.health.pictures import collapse
 from d3po.recipe import TrainConfig, arithmetic, evaluation_prompts, load, load_run
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 from fifa.config import InputError, describe, to_yaml, write_atomic
 from fifa.images import Pixels, data_uri, shrink
 from fifa.pairs import PairTable
