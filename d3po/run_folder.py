@@ -114,10 +114,12 @@ class RunFolder:
             raise InputError(f"cannot write {file}: {error.strerror}") from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
+        """The lines of metrics.jsonl so far; InputError where one is damaged."""
+        return _lines(self.metrics)
+
+    def times(self) -> list[dict[str, Any]]:
+        """The lines of timing.jsonl so far; InputError where one is damaged."""
+        return _lines(self.timing)
 
     def save(
         self,
@@ -222,6 +224,21 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} is not a checkpoint of a run (expected a folder like "
             f"runs/x/checkpoints/step-000100 with a progress.json): {error}"
         ) from None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def parsed(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object that `text` of the file `path` holds; InputError if it is none."""
+    try:
+        values: dict[str, Any] = json.loads(text)
+    except ValueError:
+        raise InputError(f"{path} is damaged: {text[:40]!r} is not JSON") from None
+    return values
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -160,5 +160,16 @@ def test_metrics_that_do_not_fit_are_one_sentence(folder: RunFolder) -> None:
         folder.append(folder.metrics, {"step": 6})
 
 
+def test_lines_come_back_as_they_were_written_and_damage_is_told(folder: RunFolder) -> None:
+    folder.append(folder.timing, {"step": 1, "seconds": 0.5})
+    assert folder.rows() == [{"step": step} for step in range(1, 6)]
+    assert folder.times() == [{"step": 1, "seconds": 0.5}]
+    for file, read in ((folder.metrics, folder.rows), (folder.timing, folder.times)):
+        with file.open("a") as stream:
+            stream.write('{"step": 6, "lo')
+        with pytest.raises(InputError, match=rf"{file.name} is damaged: .* is not JSON"):
+            read()
+
+
 def test_flatten_joins_keys_with_dots() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": [3]}) == {"a.b": 1, "a.c.d": 2, "e": [3]}
