@@ -5,8 +5,9 @@ A denoising path is a chain of Gaussian steps, so a policy says how likely each 
 (`likelihood`). A preference objective turns four such numbers, winner and loser under the policy
 and under the reference, into a loss (`objectives`). What a network, a tokenizer and an image
 decoder are is told in `families`; what is trained, and what it is compared with, in `policy`.
-`trainer` takes one step, `online` goes from rollout to judgment to step, `run` keeps the folder,
-`evaluate` compares policy and reference at equal seeds, and `recipe` wires it all from a config.
+`trainer` takes one step, `online` goes from rollout to judgment to step, `run_folder` keeps what
+came of it, `evaluate` compares policy and reference at equal seeds, and `recipe` wires it all from
+a config.
 
 Nothing heavy is imported until a name below is first used.
 """

@@ -245,7 +245,7 @@ def export(
     from d3po.export import export as write
     from d3po.export.hub import push
     from d3po.recipe import load_run
-    from d3po.run import RunFolder, flatten
+    from d3po.run_folder import RunFolder, flatten
 
     config, policy = load_run(run, live=live)
     with nullcontext() if live else policy.averaged():

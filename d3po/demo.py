@@ -28,13 +28,17 @@ from d3po.offline import OfflineConfig
 from d3po.online import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig
-from d3po.report import Section, hidden_truth, read_run, verdict, write_report
+from d3po.report import write_report
+from d3po.report.filtering import hidden_truth
+from d3po.report.record import read_run
+from d3po.report.verdicts import verdict
 from d3po.run import RunConfig
 from d3po.trainer import OptimConfig
 from fifa.config import InputError, fingerprint, finite, to_yaml, write_atomic
 from fifa.filtering import KEPT, SUMMARY, SelectConfig, select
 from fifa.miniworld.dataset import write_dataset
 from fifa.report import write_report as write_filter_report
+from fifa.report.page import Section
 from fifa.rewards.mini import WEIGHTS as REWARD_WEIGHTS
 from fifa.scoring import ScoreConfig, score
 

@@ -24,7 +24,7 @@ from d3po.generate import encode_prompts
 from d3po.likelihood import renoise_logp
 from d3po.pair_cache import fitted
 from d3po.recipe import load_run
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 from d3po.sampling import image_noise
 from d3po.trainer import reference_logp
 from fifa.config import InputError, fingerprint

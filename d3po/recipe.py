@@ -20,7 +20,8 @@ from d3po.offline import OfflineConfig, OfflineSource
 from d3po.online import OnlineConfig, OnlineSource, groups_per_update
 from d3po.pair_cache import cached_pairs, held_out_prompts, skipped_rows, told
 from d3po.policy import Policy, PolicyConfig
-from d3po.run import Run, RunConfig, RunFolder
+from d3po.run import Run, RunConfig
+from d3po.run_folder import RunFolder
 from d3po.speed import SpeedConfig, encoders, kernels, prepare_network
 from d3po.trainer import Learner, OptimConfig, fit, whole_rounds
 from d3po.updates import Source, Wants
@@ -395,6 +396,14 @@ def read_prompts(spec: str, count: int, seed: int) -> list[str]:
 # ---- a finished run -----------------------------------------------------------------------------
 
 
+def run_config(path: str | Path) -> TrainConfig:
+    """The settings of the run in folder `path`; InputError if it is no run folder."""
+    file = Path(path) / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{path} is not a run folder: it has no config.yaml")
+    return load(file)
+
+
 def load_run(
     path: str | Path, device: str = "cpu", live: bool = False
 ) -> tuple[TrainConfig, Policy]:
@@ -403,10 +412,7 @@ def load_run(
     Takes <run>/weights, which are the averaged ones if there is an average, or the newest
     checkpoint of a run that has not ended; with `live` always that checkpoint.
     """
-    folder = RunFolder(path)
-    if not (folder.path / "config.yaml").is_file():
-        raise InputError(f"{path} is not a run folder: it has no config.yaml")
-    config = load(folder.path / "config.yaml")
+    config, folder = run_config(path), RunFolder(path)
     policy = Policy(load_family(config.model, device=device, config=config.family), config.policy)
     if folder.weights.is_dir() and not live:
         policy.load(folder.weights)

@@ -30,7 +30,8 @@ from d3po.health import Health
 from d3po.losses import BoundObjective
 from d3po.optimizers import Kind, build_optimizer
 from d3po.policy import Policy
-from d3po.run import Progress, Run, flatten
+from d3po.run import Run
+from d3po.run_folder import Progress, flatten
 from d3po.sharding import gathered, piece_of, whole
 from d3po.updates import Facts, Source, Update
 from fifa.config import Config, InputError

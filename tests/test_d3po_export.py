@@ -27,7 +27,7 @@ from d3po.export.original import open_clip_names, original_names, unet_names
 from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig, generate, independent_orders
 from d3po.policy import Policy, PolicyConfig
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 from d3po.sampling import image_noise
 from fifa.config import InputError
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d3po import recipe
 from d3po.implicit import ImplicitReward
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 from fifa.config import InputError
 from fifa.rewards import Reward, load_reward, score_images
 

@@ -17,7 +17,7 @@ from train_runs import TRAIN, environment, train_and_kill
 
 from d3po import recipe
 from d3po.families import load_family
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 from fifa.config import InputError, describe, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,19 +22,12 @@ from d3po.losses import ObjectiveConfig
 from d3po.online import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig, load_run, train
-from d3po.report import (
-    Sheet,
-    curves,
-    draw,
-    hidden_truth,
-    html_sheets,
-    judge_meaning,
-    read_run,
-    running_mean,
-    verdict,
-    win_rates,
-    write_report,
-)
+from d3po.report import write_report
+from d3po.report.filtering import hidden_truth
+from d3po.report.plots import curves, running_mean, win_rates
+from d3po.report.record import read_run
+from d3po.report.sheets import Sheet, draw, html_sheets
+from d3po.report.verdicts import judge_meaning, verdict
 from d3po.run import RunConfig
 from d3po.trainer import OptimConfig
 from fifa.config import InputError

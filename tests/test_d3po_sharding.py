@@ -22,7 +22,7 @@ from torch import Tensor
 from train_runs import TRAIN, environment, free_port, launcher, train_and_kill
 
 from d3po import recipe
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 
 WORKER = str(Path(__file__).with_name("in_pieces.py"))
 WEIGHTS = {

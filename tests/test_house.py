@@ -32,8 +32,8 @@ ORDER = {
     "d3po": (
         "draws, schedule, advantage, judging, optimizers, speed, sharding, launch | sampling"
         " | likelihood, objectives"
-        " | updates | losses | families | generate | policy | run, health | trainer, reference"
-        " | pair_cache | inversion"
+        " | updates | losses | families | generate | policy | run_folder, display | run, health"
+        " | trainer, reference | pair_cache | inversion"
         " | offline, held_out, online, evaluate, export"
         " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
     ),
@@ -53,7 +53,7 @@ NEVER = {
 }
 
 HEAVY = {"torch", "diffusers", "transformers", "faiss", "open_clip"}
-MAY_PRINT = {"cli.py", "reward_cli.py", "terminal.py", "train.py", "run.py"}
+MAY_PRINT = {"cli.py", "reward_cli.py", "terminal.py", "train.py", "display.py"}
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 SEEDERS = {
     "torch.manual_seed",
@@ -334,7 +334,7 @@ KEPT = [
     ("order", "fifa.cli", "from fifa import __version__, report"),
     ("order", "d3po.recipe", "from fifa.pairs import Pair\nfrom d3po.online import rounds"),
     ("boundary", "d3po.objectives", "import math\nimport torch.nn.functional as F"),
-    ("print", "d3po.run", "print('1/10')"),
+    ("print", "d3po.display", "print('1/10')"),
     ("print", "fifa.report", "console.print('x')"),
     ("except", "fifa.config", "try:\n    f()\nexcept BaseException:\n    tidy()\n    raise"),
     ("seed", "d3po.policy", "import torch\ntorch.Generator().manual_seed(0)"),

@@ -16,7 +16,7 @@ from typing import Any
 from d3po.export.card import last_evaluation, model_card
 from d3po.export.original import original_names
 from d3po.policy import Policy
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 from fifa.config import InputError, atomic_path, unknown
 
 KOHYA_FILE = "lora.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d3po.run import RunFolder
+from d3po.run_folder import RunFolder
 
 SHOWN = (
     "method",
