@@ -199,8 +199,8 @@ def measured(model: str, seed: int, given: argparse.Namespace) -> dict[str, Any]
     """One world of vectors: prototypes, baselines, newcomers, and one taste for all."""
     logits = given.logits[model == "B"]
     world = vectors(model, seed, given.people, given.newcomers, GROUPS, logits)
-    # Linear networks, as the world is; their ideals may lie in as many dimensions.
-    shape = {"hidden": 0, "dropout": 0.0}
+    # Linear networks and a space of ideals with as many dimensions as the world has.
+    shape = {"hidden": 0, "dropout": 0.0, "dim": WIDTH}
     fits = {k: fitted(world, settings(model, k, seed, **shape)) for k in given.tastes}
     alike = vectors(model, seed, given.people, 0, 1, logits)
     return {

@@ -43,8 +43,6 @@ REWARDS = (
     "blind to colours",
     "mini",
     "neatness",
-    "noise 1",
-    "objects alone",
     "jpeg_incompressibility",
     "saturation",
 )

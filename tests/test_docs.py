@@ -31,8 +31,13 @@ SMALLER = {
     r"(benchmarks/rewardbench\.py pixels)": r"\1 --pairs 2 --prompts 2",
     r"(fifa reward bench-build \S+) --pairs 100": r"\1 --pairs 4",
     r"--others \d+": "--others 200",
+    r" --proxies leaky debiased mini": "",
     r"(benchmarks/overoptimisation\.py)": r"\1 --steps 2 --every 2 --prompts 2 "
     "--proxies mini leaky",
+    r"(benchmarks/trained_rank\.py)": r"\1 optim.micro_batch=1 optim.accumulation=1 "
+    "online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 --pairs 2 --bench-seeds 0 "
+    "--images 1 --rewards oracle mini",
+    r"--steps 60": "--steps 1",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
     r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",
     r"(benchmarks/judging\.py) --turns 3": r"\1 --turns 1 --groups 2 --steps 2 --shares 1",

@@ -100,8 +100,10 @@ class TasteConfig(HeadConfig):
     dropout: float = Field(0.1, ge=0, lt=1, description="Share of hidden units left out a step.")
     epochs: int = Field(60, ge=1, description="Passes over the training pairs, at most.")
     patience: int = Field(8, ge=1, description="Epochs without a better validation loss.")
-    learning_rate: float = Field(3e-3, gt=0, description="AdamW's learning rate.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    learning_rate: float = Field(
+        1e-2, gt=0, description="AdamW's learning rate at first; it falls to 0 over the epochs."
+    )
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
 
     @field_validator("tastes")
     @classmethod

@@ -27,6 +27,7 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     batch: int = 512  # rows a step
+    anneal: bool = False  # the rate falls to 0 along half a cosine, epoch by epoch
 
 
 def recipe_of(config: HeadConfig) -> Recipe:
@@ -63,12 +64,15 @@ def descend(
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
     best, kept = _held_out(module, loss, validation, recipe.batch), _copy(module)
     losses, epoch = [best], 0
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(seed)
         for number in range(1, recipe.epochs + 1):
             _epoch(module, loss, train, optimizer, recipe.batch)
+            if recipe.anneal:
+                schedule.step()
             losses.append(_held_out(module, loss, validation, recipe.batch))
             if losses[-1] < best:
                 best, kept, epoch = losses[-1], _copy(module), number
