@@ -108,14 +108,20 @@ def judged(names: list[str], given: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def correlations(bench: dict[str, Any], gained: dict[str, Any]) -> dict[str, float]:
-    """Rank correlation over rewards of the place on the bench with what training brought."""
-    result = {}
+def correlations(bench: dict[str, Any], gained: dict[str, Any]) -> dict[str, float | None]:
+    """Rank correlation over rewards of the place on the bench with what training brought.
+
+    None where all gains are equal.
+    """
+    result: dict[str, float | None] = {}
     for column in ("macro", "without_harmless"):
         place = [bench[name][column] for name in gained]
         for r, judge in enumerate(("oracle", "truth")):
             gain = [rows[r]["difference"] for rows in gained.values()]
-            result[f"{column} and {judge}"] = float(spearmanr(place, gain).statistic)
+            told = len(set(gain)) > 1
+            result[f"{column} and {judge}"] = (
+                float(spearmanr(place, gain).statistic) if told else None
+            )
     return result
 
 

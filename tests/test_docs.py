@@ -36,7 +36,7 @@ SMALLER = {
     "--proxies mini leaky",
     r"(benchmarks/trained_rank\.py)": r"\1 optim.micro_batch=1 optim.accumulation=1 "
     "online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 --pairs 2 --bench-seeds 0 "
-    "--images 1 --rewards oracle mini",
+    "--images 1 --prompts 2 --rewards oracle mini",
     r"--steps 60": "--steps 1",
     r"--seeds 0 1 2( 3)?": "--seeds 0",
     r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",
