@@ -170,7 +170,7 @@ def train(config: TrainConfig) -> RunFolder:
     """
     run = Run(_with_labels_saved(config))
     try:
-        _check_pieces(config, run)
+        _check_division(config, run)
         objective = BoundObjective.from_config(config.objective)
         family = _family(config, run)
         family.gradient_checkpointing(config.optim.gradient_checkpointing)
@@ -207,9 +207,15 @@ def _with_labels_saved(config: TrainConfig) -> RunConfig:
     return config.run.model_copy(update={"checkpoint_every": 1})
 
 
-def _check_pieces(config: TrainConfig, run: Run) -> None:
-    """InputError for settings that do not go with weights in pieces."""
-    if run.mesh is None:
+_PIECES = {
+    "zero2": "gradients in pieces (DeepSpeed's ZeRO-2)",
+    "fsdp2": "weights in pieces (FSDP2)",
+}
+
+
+def _check_division(config: TrainConfig, run: Run) -> None:
+    """InputError for settings that do not go with weights or gradients in pieces."""
+    if run.division == "ddp":
         return
     wrong = {
         f"optim.kind={config.optim.kind}": config.optim.kind != "adamw",
@@ -220,8 +226,8 @@ def _check_pieces(config: TrainConfig, run: Run) -> None:
     }
     if found := [name for name, asked in wrong.items() if asked]:
         raise InputError(
-            f"{', '.join(found)} cannot be had with weights in pieces (FSDP2): change it, or "
-            "launch with configs/accelerate/ddp.yaml"
+            f"{', '.join(found)} cannot be had with {_PIECES[run.division]}: change it, or launch "
+            "with configs/accelerate/ddp.yaml"
         )
 
 

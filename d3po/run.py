@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import Field
 
 from d3po.display import Display
-from d3po.launch import in_pieces, plain_processes
+from d3po.launch import Division, division, plain_processes
 from d3po.run_folder import Checkpoint, Progress, RunFolder, flatten
 from d3po.sharding import mesh_of
 from fifa.config import Config, InputError, atomic_path, write_atomic
@@ -82,12 +82,14 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         _check_trackers(config.trackers)
         self.config = config
-        cut_up = in_pieces()
+        asked = division()
         with plain_processes():
             self.accelerator = _accelerator(config)
+        # what the processes divide among themselves; one process has everything
+        self.division: Division = asked if self.processes > 1 else "ddp"
         # the processes among which the weights are cut up; None: each has all of them
         self.mesh: DeviceMesh | None = None
-        if cut_up and self.processes > 1:
+        if self.division == "fsdp2":
             self.mesh = mesh_of(self.device, self.processes)
         self.folder = RunFolder(config.dir)
         self.start: Checkpoint | None = None  # where to go on; None: from the beginning

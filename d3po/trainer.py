@@ -1,4 +1,4 @@
-"""The training step and its loop; the only room that calls backward() or optimizer.step().
+"""The training step and its loop; the only room that goes back and steps (through an `Engine`).
 
 What differs from a textbook trainer:
 
@@ -15,7 +15,6 @@ What differs from a textbook trainer:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,18 +25,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from d3po.engine import Accelerated, Engine
 from d3po.health import Health
 from d3po.losses import BoundObjective
 from d3po.optimizers import Kind, build_optimizer
 from d3po.policy import Policy
 from d3po.run import Run
-from d3po.run_folder import Progress, flatten
-from d3po.sharding import gathered, piece_of, whole
+from d3po.run_folder import Progress
 from d3po.updates import Facts, Source, Update
+from d3po.zero import Zero
 from fifa.config import Config, InputError
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    pass
 
 R = TypeVar("R")
 
@@ -115,7 +115,7 @@ class Learner:
     """What learns: the policy, wrapped for the processes, its optimizer, the objective."""
 
     policy: Policy  # its `denoiser` is the wrapped network: what has a gradient goes through it
-    optimizer: Any  # AcceleratedOptimizer around that of config.kind
+    optimizer: Any  # that of config.kind in an AcceleratedOptimizer or a Zero
     objective: BoundObjective
     config: OptimConfig
 
@@ -134,14 +134,25 @@ class Learner:
             fused=config.fused,
             offload=config.offload,
         )
-        if policy.mesh is None:
+        if run.division == "ddp":
             policy.denoiser, wrapped = run.accelerator.prepare(policy.bare, optimizer)
-        else:  # in pieces, which exchange gradients themselves: only the precision is left to do
-            policy.denoiser = run.accelerator.prepare_model(
-                policy.bare, device_placement=False, evaluation_mode=True
-            )
+            return cls(policy, wrapped, objective, config)
+        # what is divided exchanges gradients itself: only the precision is left to do
+        policy.denoiser = run.accelerator.prepare_model(
+            policy.bare, device_placement=False, evaluation_mode=True
+        )
+        if run.division == "fsdp2":
             wrapped = run.accelerator.prepare_optimizer(optimizer)
-        return cls(policy, wrapped, objective, config)
+            return cls(policy, wrapped, objective, config)
+        zero = Zero(policy.bare, policy.trainable(), optimizer, config.max_grad_norm)
+        policy.denoiser = zero.network
+        return cls(policy, zero, objective, config)
+
+    def engine(self, run: Run) -> Engine:
+        """Who takes gradients back and steps for it on the processes of the run."""
+        if isinstance(self.optimizer, Zero):
+            return self.optimizer
+        return Accelerated(run.accelerator, self.policy, self.optimizer, self.config.max_grad_norm)
 
 
 # ---- one step -----------------------------------------------------------------------------------
@@ -170,7 +181,9 @@ def train_step(learner: Learner, update: Update, run: Run, step: int) -> dict[st
     if "baseline" in learner.objective.takes:
         update, shared["baseline"] = _with_baseline(learner, update, run, terms)
     sums = _backward(learner, update, run, run.processes / terms, shared)
-    grad_norm, stepped = _optimizer_step(learner, run, step)
+    grad_norm, stepped = learner.engine(run).step(learner.config.rate(step))
+    if stepped:
+        learner.policy.ema_update()
     *totals, count = run.total([*sums.values(), update.pairs])
     means = {name: total / terms for name, total in zip(sums, totals, strict=True)}
     return {
@@ -209,38 +222,19 @@ def _backward(
 
     `shared` are facts about the update as a whole.
     """
-    policy, objective = learner.policy, learner.objective
+    policy, objective, engine = learner.policy, learner.objective, learner.engine(run)
     sums: dict[str, float] = {}
     for i, chunk in enumerate(update.chunks, 1):
-        last = i == len(update.chunks)  # gradients of the processes meet once, on the last way back
-        with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
+        with nullcontext() if i == len(update.chunks) else engine.alone():
             as_reference = partial(reference_logp, policy)
             facts = {**chunk.facts(policy.denoiser, as_reference, objective.takes), **shared}
             loss = objective.loss(facts)
-            run.accelerator.backward(loss.sum() * scale)
+            engine.backward(loss.sum() * scale)
         seen = {"loss": loss.detach(), **objective.watch(facts)}
         own = torch.stack([value.double().sum() for value in seen.values()]).tolist()  # one wait
         for name, value in zip(seen, own, strict=True):
             sums[name] = sums.get(name, 0.0) + value
     return sums
-
-
-def _optimizer_step(learner: Learner, run: Run, step: int) -> tuple[float, bool]:
-    """Clip, step, clear; (norm before clipping, whether the weights moved)."""
-    optimizer, config = learner.optimizer, learner.config
-    for group in optimizer.param_groups:
-        group["lr"] = config.rate(step)
-    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    norm = float(whole(run.accelerator.clip_grad_norm_(learner.policy.trainable(), limit)))
-    stepped = math.isfinite(norm)
-    # The fp16 scaler wants to see overflows: it skips the step itself and lowers its scale.
-    if stepped or run.accelerator.scaler is not None:
-        optimizer.step()
-        stepped = stepped and not optimizer.step_was_skipped
-    if stepped:
-        learner.policy.ema_update()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, stepped
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -350,7 +344,7 @@ def _checkpoint(learner: Learner, run: Run, progress: Progress, health: Health) 
     )
     tensors = {
         "policy": learner.policy.state_dict(),
-        "optimizer": _optimizer_tensors(learner.optimizer, learner.policy.mesh),
+        "optimizer": learner.engine(run).tensors(),
     }
     run.save(note, tensors, health.to_keep(run.folder.steps()))
 
@@ -376,47 +370,9 @@ def _resume(learner: Learner, run: Run, health: Health) -> Progress:
             f"{progress.reference}, the model now is {reference}): the base model has changed since"
         )
     learner.policy.load_state_dict(run.start.tensors("policy"))
-    _load_optimizer(learner.optimizer, run.start.tensors("optimizer"))
+    learner.engine(run).load(run.start.tensors("optimizer"))
     if progress.scaler is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(progress.scaler)
     health.replay(run.first(run.folder.rows))
     run.say(f"resumed from {run.start.path}, step {progress.step}")
     return progress
-
-
-def _optimizer_tensors(optimizer: Any, mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """The state as {"<parameter number>.<name>": tensor}; the settings live in the config.
-
-    Whole tensors, as `gathered` gives them. 8-bit Adam nests part of its state in a dict of its
-    own; those names have another dot.
-    """
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    named = {
-        f"{i}.{name}": torch.as_tensor(value)
-        for i, own in state.items()
-        for name, value in flatten(own).items()
-    }
-    tensors = gathered(named, mesh)
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() in seen:  # 8-bit Adam: one table of levels for all weights
-            tensors[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    return tensors
-
-
-def _load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        number, *inner, name = key.split(".")
-        own = state.setdefault(int(number), {})
-        for part in inner:
-            own = own.setdefault(part, {})
-        counts = value.ndim == 0 and value.dtype == torch.int64  # was a Python number
-        parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
-            value = piece_of(value, like=parameter)
-        own[name] = value.item() if counts else value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

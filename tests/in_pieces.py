@@ -204,7 +204,7 @@ def check_refusals(overrides: list[str], run: Run) -> None:
         config = recipe.load(None, [*overrides, setting])
         named = setting.removesuffix("=true").removesuffix("=eager")
         with pytest.raises(InputError, match=f"^{named} cannot be had with weights in pieces"):
-            recipe._check_pieces(config, run)
+            recipe._check_division(config, run)
 
 
 def answer(network: nn.Module, shift: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -121,10 +121,12 @@ def test_piped_output_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_engines_of_others_are_refused_before_anything_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match=r"told to use DeepSpeed, .*configs/accelerate/ddp\.yaml"):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(
+        InputError, match=r"told to use Megatron-LM, .*configs/accelerate/ddp\.yaml"
+    ):
         Run(RunConfig(dir=str(tmp_path)))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "false")
     Run(RunConfig(dir=str(tmp_path))).close()
 
 
@@ -165,6 +167,57 @@ def test_fsdp_of_another_kind_is_refused(
         Run(RunConfig(dir=str(tmp_path)))
 
 
+def deepspeed_settings() -> dict[str, str]:
+    """What accelerate launch sets for configs/accelerate/deepspeed_zero2.yaml."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    file = str(LAUNCHERS[0].with_name("deepspeed_zero2.yaml"))
+    arguments = launch_command_parser().parse_args(["--config_file", file, "train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = []  # as its launch_command adds
+    _, told = prepare_deepspeed_cmd_env(arguments)
+    return {k: v for k, v in told.items() if "DEEPSPEED" in k or "ACCELERATE_GRADIENT" in k}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        (
+            "DEEPSPEED_ZERO_STAGE",
+            "3",
+            r"zero_stage=3, which must be 2 here \(fsdp2\.yaml beside it",
+        ),
+        ("DEEPSPEED_CONFIG_FILE", "own.json", r"config_file=own\.json, which must be none here"),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device=cpu, which"),
+        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device=cpu, which must be none"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", r"gradient_accumulation_steps=4, .*optim\.accum"),
+        ("GRADIENT_CLIPPING", "0.5", r"gradient_clipping=0\.5, .*optim\.max_grad_norm does it"),
+    ],
+)
+def test_deepspeed_of_another_kind_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, sentence: str
+) -> None:
+    for name, told in deepspeed_settings().items():
+        monkeypatch.setenv(name, told)
+    run = Run(RunConfig(dir=str(tmp_path)))
+    assert run.division == "ddp"  # one process has everything
+    assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
+    run.close()
+    monkeypatch.setenv(f"ACCELERATE_{setting}", value)
+    with pytest.raises(InputError, match=rf"told {sentence}.*deepspeed_zero2\.yaml$"):
+        Run(RunConfig(dir=str(tmp_path)))
+
+
+def test_deepspeed_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("d3po.launch.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"not installed; pip install 'd3po-fifa\[deepspeed\]'"):
+        Run(RunConfig(dir=str(tmp_path)))
+
+
 LAUNCHERS = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
 
 
@@ -174,7 +227,12 @@ def test_launcher_files_are_what_accelerate_reads() -> None:
     machines = {}
     for path in LAUNCHERS:
         found = load_config_from_file(str(path))  # refuses keys that it does not know
-        kind = "FSDP" if path.name == "fsdp2.yaml" else "MULTI_GPU"
-        assert found.distributed_type.value == kind
+        kinds = {"fsdp2.yaml": "FSDP", "deepspeed_zero2.yaml": "DEEPSPEED"}
+        assert found.distributed_type.value == kinds.get(path.name, "MULTI_GPU")
         machines[path.name] = (found.num_machines, found.num_processes)
-    assert machines == {"ddp.yaml": (1, 8), "fsdp2.yaml": (1, 8), "nodes.yaml": (2, 16)}
+    assert machines == {
+        "ddp.yaml": (1, 8),
+        "deepspeed_zero2.yaml": (1, 8),
+        "fsdp2.yaml": (1, 8),
+        "nodes.yaml": (2, 16),
+    }

@@ -30,9 +30,10 @@ ORDER = {
         " | __init__ | terminal | reward_cli | cli | __main__"
     ),
     "d3po": (
-        "draws, schedule, advantage, judging, optimizers, speed, sharding, launch | sampling"
+        "draws, schedule, advantage, judging, optimizers, speed, sharding, launch, zero | sampling"
         " | likelihood, objectives"
-        " | updates | losses | families | generate | policy | run_folder, display | run, health"
+        " | updates | losses | families | generate | policy | run_folder, display, engine"
+        " | run, health"
         " | trainer, reference | pair_cache | inversion"
         " | offline, held_out, online, evaluate, export"
         " | recipe, preflight, mini_sd | report, implicit | demo | __init__ | cli | __main__"
@@ -69,7 +70,7 @@ SEEDERS = {
 }
 WEIGHT_LIMITS = {"d3po/mini_sd/weights": 25_000_000, "fifa/rewards/weights": 8_000_000}  # bytes
 # what the packages may import beyond install_requires: features that a user asks for by name
-OPTIONAL_EXTRAS = ("trackers", "hub", "ray", "sentence", "xformers", "bitsandbytes")
+OPTIONAL_EXTRAS = ("trackers", "hub", "ray", "sentence", "xformers", "bitsandbytes", "deepspeed")
 # import name -> the package that setup.cfg asks for, where the two differ
 PROVIDED_BY = {
     "PIL": "pillow",
