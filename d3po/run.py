@@ -22,6 +22,7 @@ from d3po.display import Display
 from d3po.launch import Division, division, plain_processes
 from d3po.run_folder import Checkpoint, Progress, RunFolder, flatten
 from d3po.sharding import mesh_of
+from d3po.zero import leave
 from fifa.config import Config, InputError, atomic_path, write_atomic
 
 if TYPE_CHECKING:
@@ -256,6 +257,8 @@ class Run:
 
     def close(self) -> None:
         """Finish trackers, leave the process group, free the folder."""
+        if self.division == "zero2":
+            leave()
         self.accelerator.end_training()
         self.folder.release()
 

@@ -112,6 +112,14 @@ class Zero:
                 safe_set_full_optimizer_state(self.parameters[int(number)], value, name)
 
 
+def leave() -> None:
+    """End the process group with all that DeepSpeed remembers of it; the next run has another."""
+    from deepspeed import comm
+
+    if comm.is_initialized():
+        comm.destroy_process_group()
+
+
 def _deepspeed(device: torch.device) -> Any:
     """The package, told to do without kernels: on a CPU it would compile one for a minute."""
     if device.type == "cpu":

@@ -14,7 +14,7 @@ from pathlib import Path
 import divided_trainings as divided
 import pytest
 from divided_trainings import KILLED, TRAININGS, Settings
-from train_runs import TRAIN, environment, launcher, train_and_kill
+from train_runs import TRAIN, environment, free_port, launcher, train_and_kill
 
 WORKER = str(Path(__file__).with_name("with_zero.py"))
 FILE = "deepspeed_zero2.yaml"
@@ -40,6 +40,7 @@ def two(settings: Settings, tiny_sd: Path, tmp_path_factory: pytest.TempPathFact
     plan = {
         "model": str(tiny_sd),
         "folder": str(folder),
+        "ports": [free_port() for _ in range(3 + len(TRAININGS))],
         "trainings": [*(settings(name, folder / name) for name in TRAININGS), killed],
     }
     (folder / "plan.json").write_text(json.dumps(plan))

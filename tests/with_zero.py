@@ -2,21 +2,21 @@
 
     with_zero.py plan.json
 
-The plan names a model, a folder for what is found, and trainings as lists of overrides. Whatever
-does not hold ends the process with its AssertionError.
+The plan names a model, a folder for what is found, and trainings as lists of overrides, with a port
+for each group of processes. Whatever does not hold ends the process with its AssertionError.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
-from in_pieces import answer, close
+from in_pieces import answer, close, meet
 
 from d3po import recipe
 from d3po.families import load_family
@@ -34,20 +34,20 @@ def main(plan_file: str) -> None:
     """Check the engine, then train as the plan says."""
     plan = json.loads(Path(plan_file).read_text())
     folder = Path(plan["folder"])
-    with pytest.MonkeyPatch.context() as patch:
-        # DeepSpeed holds on to a process group, so that of the first run serves all.
-        patch.setattr(PartialState, "destroy_process_group", lambda self, group=None: None)
-        run = Run(RunConfig(dir=str(folder / "checks")))
-        assert run.division == "zero2"
-        for method in ("lora", "full"):
-            check_steps(plan["model"], method, run)
-        check_half_precision_base(plan["model"], run)
-        check_refusals(plan["trainings"][0], run)
-        run.close()
-        check_half_precision_arithmetic(plan["model"], folder)
-        for overrides in plan["trainings"]:
-            recipe.train(recipe.load(None, overrides))
-    torch.distributed.destroy_process_group()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # a process group for each training
+    meet(plan["ports"].pop())
+    run = Run(RunConfig(dir=str(folder / "checks")))
+    assert run.division == "zero2"
+    for method in ("lora", "full"):
+        check_steps(plan["model"], method, run)
+    check_half_precision_base(plan["model"], run)
+    check_refusals(plan["trainings"][0], run)
+    run.close()
+    meet(plan["ports"].pop())
+    check_half_precision_arithmetic(plan["model"], folder)
+    for overrides, port in zip(plan["trainings"], plan["ports"], strict=True):
+        meet(port)
+        recipe.train(recipe.load(None, overrides))
 
 
 def learner_of(policy: Policy, run: Run) -> Learner:
