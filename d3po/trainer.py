@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -35,9 +35,6 @@ from d3po.run_folder import Progress
 from d3po.updates import Facts, Source, Update
 from d3po.zero import Zero
 from fifa.config import Config, InputError
-
-if TYPE_CHECKING:
-    pass
 
 R = TypeVar("R")
 
