@@ -47,7 +47,8 @@ from d3po.families import Family, load_family
 from d3po.generate import Generated, Order, SamplerConfig, generate
 from d3po.judging import Place, Scores, strict_pairs
 from d3po.losses import BoundObjective, ObjectiveConfig
-from d3po.online import OnlineConfig, OnlineSource
+from d3po.online import OnlineSource
+from d3po.online.settings import OnlineConfig
 from d3po.policy import Policy
 from d3po.run import Run, RunConfig
 from d3po.trainer import Learner, OptimConfig, train_step

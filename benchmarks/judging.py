@@ -26,7 +26,8 @@ from torch import Tensor
 from d3po.families import load_family
 from d3po.generate import SamplerConfig
 from d3po.judging import RewardJudge
-from d3po.online import OnlineConfig, OnlineSource
+from d3po.online import OnlineSource
+from d3po.online.settings import OnlineConfig
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.trainer import OptimConfig

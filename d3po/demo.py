@@ -25,7 +25,7 @@ from d3po.families import MINI
 from d3po.generate import SamplerConfig
 from d3po.losses import ObjectiveConfig
 from d3po.offline import OfflineConfig
-from d3po.online import OnlineConfig
+from d3po.online.settings import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig
 from d3po.report import write_report

@@ -17,7 +17,8 @@ from d3po.held_out import HeldOut, label_agreement, read_pairs
 from d3po.judging import FileJudge, Judge, RewardJudge
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import OfflineConfig, OfflineSource
-from d3po.online import OnlineConfig, OnlineSource, groups_per_update
+from d3po.online import OnlineSource
+from d3po.online.settings import OnlineConfig, groups_per_update
 from d3po.pair_cache import cached_pairs, held_out_prompts, skipped_rows, told
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig

@@ -26,7 +26,8 @@ from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.judging import FileJudge, Judge, Place, RewardJudge, Scores, strict_pairs
 from d3po.losses import BoundObjective, ObjectiveConfig
-from d3po.online import OnlineConfig, OnlineSource, groups_per_update, trained_steps
+from d3po.online import OnlineSource
+from d3po.online.settings import OnlineConfig, groups_per_update, trained_steps
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
 from d3po.schedule import TimeGrid

@@ -29,7 +29,9 @@ from d3po.judging import Hearing, Place, Scores
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import OBJECTIVES, POLICY_GRADIENT, REFERENCE_FREE, UNPAIRED
 from d3po.offline import OfflineConfig, OfflineSource
-from d3po.online import OnlineConfig, OnlineSource
+from d3po.online import OnlineSource
+from d3po.online.blocks import idle_block
+from d3po.online.settings import OnlineConfig
 from d3po.pair_cache import cached_pairs
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
@@ -266,7 +268,7 @@ def test_a_round_where_nobody_is_liked_has_no_update(start: Start, run: Run) -> 
 @pytest.mark.parametrize("name", ["kto", "ddpo", "dpok", "reward_weighted", "sppo"])
 def test_an_idle_process_walks_without_a_term(start: Start, run: Run, name: str) -> None:
     learner, source = start(name)
-    block = source._idle_block(source._sample(0, Hearing(source.judge, False)))
+    block = idle_block(source._sample(0, Hearing(source.judge, False)))
     block.ref.zero_()
     chunk, asked = source._chunk(block, [0]), learner.objective.takes
     assert chunk.terms == 0

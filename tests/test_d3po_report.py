@@ -19,7 +19,7 @@ from test_fifa_report import Balanced
 from d3po.evaluate import EvalConfig, Evaluation, JudgeResult, PromptResult
 from d3po.generate import SamplerConfig, generate, independent_orders
 from d3po.losses import ObjectiveConfig
-from d3po.online import OnlineConfig
+from d3po.online.settings import OnlineConfig
 from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig, load_run, train
 from d3po.report import write_report

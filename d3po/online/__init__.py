@@ -11,194 +11,38 @@ What differs from the published code:
   inner epochs reuse them.
 * A tie costs nothing. A group without a strict pair, and an image that is in no pair, never reach
   the training forward; both are counted.
+
+`settings` says what a round is, `blocks` what of a judged rollout teaches anything; here it is
+sampled, judged and learned from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from d3po.advantage import Numbers, Scope, advantages, combined, labels
+from d3po.advantage import Numbers, advantages, combined, labels
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, guided
 from d3po.families.conditioning import Conditioning
 from d3po.generate import Order, SamplerConfig, generate
 from d3po.health.pictures import group_sums, picture_metrics
-from d3po.judging import Hearing, Judge, Pairs, Place, Scores, strict_pairs
+from d3po.judging import Hearing, Judge, Place, Scores, strict_pairs
 from d3po.likelihood import PathScore, log_peak, path_logp, path_score
+from d3po.online.blocks import Block, Rollout, Verdict, idle_block, teaching_blocks
+from d3po.online.settings import OnlineConfig, groups_per_update, trained_steps
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.sampling import Reduce
-from d3po.schedule import TimeGrid
 from d3po.trainer import OptimConfig, reference_logp
 from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
-from fifa.config import Config, InputError
-
-
-class OnlineConfig(Config):
-    """What is sampled in a round, who judges it, and which steps are learned from."""
-
-    prompts: str = Field(
-        "miniworld:train",
-        description="Where prompts come from: miniworld:train, or a text file with one a line.",
-    )
-    prompt_count: int = Field(
-        1000,
-        ge=1,
-        description="How many prompts are taken from a generated source; a file is taken whole.",
-    )
-    groups: int = Field(
-        8,
-        ge=1,
-        description="Prompts P sampled in a round by all processes together, one group each.",
-    )
-    images: int = Field(
-        4, ge=2, description="Images G of a group, all from one starting noise (D3PO's data: 7)."
-    )
-    judges: tuple[str, ...] = Field(
-        ("mini",),
-        description="Rewards that order a group; of several, an image must lose by none and "
-        "win by one (Pareto).",
-    )
-    labels: str | None = Field(
-        None,
-        description="Instead of judges: a JSON-lines file of human scores, see "
-        "d3po.judging.FileJudge.",
-    )
-    judge_while_sampling: bool = Field(
-        False,
-        description="Judge pictures in a thread while the next ones are drawn, sampler.batch at a "
-        "time: the same scores, sooner where judges leave the sampling device idle (on the CPU "
-        "beside a GPU, or over a network).",
-    )
-    train_guidance: float | None = Field(
-        None,
-        ge=0,
-        description="Guidance scale in the training forwards; null: as sampled, 1: none, at "
-        "half the cost.",
-    )
-    steps: Literal["all", "random", "early", "late", "window"] = Field(
-        "all",
-        description="Denoising steps learned from: all, or step_count of them: random, the "
-        "noisiest, the cleanest, or a window of neighbours.",
-    )
-    step_count: int | None = Field(
-        None, ge=1, description="How many steps, for all choices but all; null for all."
-    )
-    window_start: int | None = Field(
-        None,
-        ge=0,
-        description="First step of the window, 0 the noisiest; null: drawn anew for each update.",
-    )
-    skip_last: bool = Field(
-        False,
-        description="Leave the last step out: its sigma is tiny, its log-probability has spikes.",
-    )
-    advantage: Scope = Field(
-        "prompt",
-        description="What an image is compared with by objectives on single images: the others "
-        "of its prompt, or all of the round.",
-    )
-    steps_at_once: int = Field(
-        1,
-        ge=1,
-        description="Denoising steps of an image that go through the network in one call: faster "
-        "where a call alone does not fill the device, at the memory of the larger batch.",
-    )
-    inner_epochs: int = Field(
-        1, ge=1, description="How often a round's groups are gone through (D3PO: 1)."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> OnlineConfig:
-        if (self.steps == "all") != (self.step_count is None):
-            raise ValueError(
-                "step_count goes with steps random, early, late or window, and only with them"
-            )
-        if self.window_start is not None and self.steps != "window":
-            raise ValueError("window_start goes with steps window, and only with it")
-        if self.labels is None and not self.judges:
-            raise ValueError("online needs judges or labels")
-        if self.labels is not None and self.judge_while_sampling:
-            raise ValueError("judge_while_sampling goes with judges; people label a whole round")
-        return self
-
-
-# ---- which steps --------------------------------------------------------------------------------
-
-
-def trained_steps(config: OnlineConfig, grid: TimeGrid, *place: int) -> list[int]:
-    """The step indices that an update learns from; `place` is what a random choice depends on.
-
-    Only steps with noise have a density. Raises InputError if nothing is left or too little.
-    """
-    usable = grid.stochastic
-    if config.skip_last and usable and usable[-1] == len(grid) - 1:
-        usable = usable[:-1]
-    count = len(usable) if config.step_count is None else config.step_count
-    if not usable or count + (config.window_start or 0) > len(usable):
-        where = "" if config.window_start is None else f" from step {config.window_start} on"
-        raise InputError(
-            f"online.steps={config.steps} wants {count or 'some'} steps{where}, but {len(usable)} "
-            f"of the {len(grid)} sampler steps have noise and may be trained on (sampler.eta > 0 "
-            "adds noise)"
-        )
-    draw = np.random.default_rng(derive_seed("steps", *place))
-    if config.steps == "random":
-        return sorted(draw.choice(usable, count, False).tolist())
-    if config.steps == "window":
-        start = config.window_start
-        start = int(draw.integers(len(usable) - count + 1)) if start is None else start
-        return usable[start : start + count]
-    return usable[-count:] if config.steps == "late" else usable[:count]
-
-
-# ---- from a rollout to updates ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """Judged groups that go through the network together: B images, Q pairs among them."""
-
-    latents: Tensor  # (B, T+1, C, h, w)
-    cond: Conditioning  # B rows
-    old: Tensor  # (B, T) log-probabilities under the policy that drew them
-    ref: Tensor  # (B, T) those under the reference, NaN where nobody will look
-    win: Tensor  # (Q,) long, rows of this block; none for objectives on single images
-    lose: Tensor  # (Q,)
-    value: Tensor  # (B,) float32, label or advantage; none for objectives on pairs
-
-    def __len__(self) -> int:
-        return len(self.win) + len(self.value)
-
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """The groups this process sampled in a round, N = groups * G images."""
-
-    places: Sequence[Place]
-    prompts: Sequence[str]  # (N,)
-    latents: Tensor  # (N, T+1, C, h, w)
-    cond: Conditioning  # N rows
-    logp: Tensor  # (N, T), NaN at steps without a density
-    images: Tensor  # (N, 3, H, W), black where latents are not finite
-    finite: NDArray[np.bool_]  # (N,) whether latents and picture are
-
-
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """What a round's scores mean, on this process; P groups of G images."""
-
-    pairs: Sequence[Pairs]  # of each group, numbered within it
-    values: Numbers  # (P * G,) label or advantage; 0: says nothing
+from fifa.config import InputError
 
 
 class OnlineSource:
@@ -308,14 +152,18 @@ class OnlineSource:
         metrics["advantage_std"] = float(spread[0])
         return Verdict(pairs, labels(found) if self.wants.kind == "labels" else found), metrics
 
-    def _updates(self, index: int, rollout: Rollout, verdict: Verdict) -> Iterator[Update]:
-        count, idle = len(rollout.places) // self.updates, self._idle_block(rollout)
-        blocks = [
-            self.run.in_step(
-                self._blocks(rollout, verdict, range(u * count, (u + 1) * count)), idle
-            )
-            for u in range(self.updates)
+    def _blocks(self, rollout: Rollout, verdict: Verdict) -> list[list[Block]]:
+        """The blocks of each update, equally many on all processes."""
+        count, idle = len(rollout.places) // self.updates, idle_block(rollout)
+        kind, size = self.wants.kind, self.optim.micro_batch
+        parts = [range(u * count, (u + 1) * count) for u in range(self.updates)]
+        return [
+            self.run.in_step(teaching_blocks(rollout, verdict, groups, kind, size), idle)
+            for groups in parts
         ]
+
+    def _updates(self, index: int, rollout: Rollout, verdict: Verdict) -> Iterator[Update]:
+        blocks = self._blocks(rollout, verdict)
         steps = {
             (u, epoch): trained_steps(self.config, self.grid, self.run.config.seed, index, u, epoch)
             for u in range(self.updates)
@@ -334,76 +182,6 @@ class OnlineSource:
                     for some in self._at_once(steps[u, epoch])
                 ]
                 yield Update(chunks, sum(len(block) for block in own))
-
-    def _blocks(self, rollout: Rollout, verdict: Verdict, groups: range) -> list[Block]:
-        """The groups that teach something, micro_batch at a time, without idle images."""
-        size, images = self.optim.micro_batch, self.config.images
-        if self.wants.kind == "pairs":
-            teaching = [group for group in groups if verdict.pairs[group]]
-            make = self._pair_block
-        else:
-            everything = self.wants.kind == "advantages"
-            values = verdict.values.reshape(-1, images)
-            finite = rollout.finite.reshape(-1, images)
-            teaching = [
-                group
-                for group in groups
-                if np.any(values[group]) or (everything and finite[group].any())
-            ]
-            make = self._rated_block
-        return [
-            make(rollout, verdict, teaching[i : i + size]) for i in range(0, len(teaching), size)
-        ]
-
-    def _pair_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
-        win, lose = np.array(
-            [
-                (group * self.config.images + won, group * self.config.images + lost)
-                for group in groups
-                for won, lost in verdict.pairs[group]
-            ]
-        ).T
-        rows = np.unique([win, lose])
-        return self._block(
-            rollout, rows, np.searchsorted(rows, win), np.searchsorted(rows, lose), np.zeros(0)
-        )
-
-    def _rated_block(self, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
-        size = self.config.images
-        rows = np.concatenate([np.arange(group * size, (group + 1) * size) for group in groups])
-        rows = rows[rollout.finite[rows]]
-        if self.wants.kind == "labels":
-            rows = rows[verdict.values[rows] != 0]
-        nobody = np.zeros(0, dtype=np.int64)
-        return self._block(rollout, rows, nobody, nobody, verdict.values[rows])
-
-    def _block(
-        self,
-        rollout: Rollout,
-        rows: NDArray[np.int64],
-        win: NDArray[np.int64],
-        lose: NDArray[np.int64],
-        values: Numbers,
-    ) -> Block:
-        device = rollout.latents.device
-        return Block(
-            latents=rollout.latents[rows],
-            cond=rollout.cond[rows],
-            old=rollout.logp[rows],
-            ref=torch.full((len(rows), len(self.grid)), torch.nan, device=device),
-            win=torch.from_numpy(win).to(device),
-            lose=torch.from_numpy(lose).to(device),
-            value=torch.from_numpy(values.astype(np.float32)).to(device),
-        )
-
-    def _idle_block(self, rollout: Rollout) -> Block:
-        """One image that nobody said anything about: a way through the network without a term.
-
-        All zeros: a latent of the rollout might be NaN, and 0 times that is no 0.
-        """
-        nobody = np.zeros(0, dtype=np.int64)
-        block = self._block(rollout, np.zeros(1, dtype=np.int64), nobody, nobody, np.zeros(0))
-        return replace(block, latents=torch.zeros_like(block.latents))
 
     def _chunk(self, block: Block, steps: Sequence[int]) -> Chunk | Rated:
         logp = partial(self._logp, block.latents, block.cond, steps)
@@ -503,15 +281,3 @@ def _without_terms(idle: Rated) -> Rated:
         ref=None if ref is None else ref[:0],
         old=old[:0],
     )
-
-
-def groups_per_update(config: OnlineConfig, optim: OptimConfig, processes: int) -> int:
-    """Groups of one optimizer step, over all processes; InputError if a round is not a multiple."""
-    size = optim.micro_batch * optim.accumulation * processes
-    if config.groups % size:
-        raise InputError(
-            f"online.groups={config.groups} must be a multiple of the groups of an update, "
-            f"{optim.micro_batch} (optim.micro_batch) x {optim.accumulation} (optim.accumulation) "
-            f"x {processes} (processes) = {size}"
-        )
-    return size
