@@ -43,6 +43,13 @@ def train(config: Path, folder: Path, seed: int, overrides: list[str]) -> float:
     return (time.monotonic() - start) / 60
 
 
+def held_out(config: Any, prompts: int, seed: int = 99) -> list[str]:
+    """Prompts of the mini world that nobody trains on; 99: those that all comparisons share."""
+    asked = {"prompts": "miniworld:heldout", "count": prompts, "seed": seed}
+    eval_config = config.eval.model_copy(update=asked)
+    return evaluation_prompts(config.model_copy(update={"eval": eval_config}))
+
+
 def scores(policy: Policy, config: Any, judges: list[str], texts: list[str], images: int) -> Any:
     """Scores (P, K, R) under the weights that are in place."""
     rewards = [load_reward(name) for name in judges]
@@ -106,10 +113,7 @@ def main() -> None:
         minutes.append(train(given.config, folder, seed, given.overrides))
         config, policy = load_run(folder)
         judges = given.judges.split(",") if given.judges else list(config.eval.judges)
-        asked = config.eval.model_copy(
-            update={"prompts": "miniworld:heldout", "count": given.prompts, "seed": 99}
-        )
-        texts = evaluation_prompts(config.model_copy(update={"eval": asked}))
+        texts = held_out(config, given.prompts)
         if base is None:
             with policy.reference():
                 base, base_diversity = scores(policy, config, judges, texts, given.images)

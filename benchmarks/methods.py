@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning import ROOT, interval, scores, summary
+from learning import ROOT, held_out, interval, scores, summary
 
-from d3po.recipe import evaluation_prompts, load, load_run, train
+from d3po.recipe import load, load_run, train
 from fifa.config import write_atomic
 
 # clip: the published 1e-4 per element of 16,384 is 1.6 nats; over this model's 512 elements 3.2e-3.
@@ -69,9 +69,7 @@ def trained(config: Path, folder: Path, seed: int, overrides: list[str]) -> None
 def mean_reward(folder: Path, prompts: int, images: int, seed: int) -> float:
     """Mean score by the judge trained on, over held-out prompts drawn with `seed`."""
     config, policy = load_run(folder)
-    asked = {"prompts": "miniworld:heldout", "count": prompts, "seed": seed}
-    eval_config = config.eval.model_copy(update=asked)
-    texts = evaluation_prompts(config.model_copy(update={"eval": eval_config}))
+    texts = held_out(config, prompts, seed)
     found, _ = scores(policy, config, [config.eval.judges[0]], texts, images)
     return float(found.mean())
 
@@ -109,9 +107,7 @@ def compared(
             trained(config_path, folder, seed, [*overrides, *given.overrides])
             config, policy = load_run(folder)
             judges = given.judges.split(",") if given.judges else list(config.eval.judges)
-            asked = {"prompts": "miniworld:heldout", "count": given.prompts, "seed": 99}
-            eval_config = config.eval.model_copy(update=asked)
-            texts = evaluation_prompts(config.model_copy(update={"eval": eval_config}))
+            texts = held_out(config, given.prompts)
             if base is None:
                 with policy.reference():
                     base, _ = scores(policy, config, judges, texts, given.images)

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning import ROOT, scores, summary
+from learning import ROOT, held_out, scores, summary
 from overoptimisation import TRUTH
 from rewardbench import FLAWS
 from scipy.stats import spearmanr
 
-from d3po.recipe import evaluation_prompts, load, load_run, train
+from d3po.recipe import load, load_run, train
 from fifa.config import write_atomic
 from fifa.rewardbench import BuildConfig
 from fifa.rewardbench.build import build
@@ -94,9 +94,7 @@ def judged(names: list[str], given: argparse.Namespace) -> dict[str, Any]:
         ours = []
         for seed in given.seeds:
             config, policy = load_run(trained(name, seed, given))
-            asked = {"prompts": "miniworld:heldout", "count": given.prompts, "seed": 99}
-            eval_config = config.eval.model_copy(update=asked)
-            texts = evaluation_prompts(config.model_copy(update={"eval": eval_config}))
+            texts = held_out(config, given.prompts)
             if base is None:
                 with policy.reference():
                     base, _ = scores(policy, config, judges, texts, given.images)
