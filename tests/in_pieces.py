@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,20 +34,33 @@ from fifa.config import InputError
 
 def main(plan_file: str) -> None:
     """Check policies in pieces, then train as the plan says."""
+
+    def checks(plan: dict[str, Any], run: Run, folder: Path) -> None:
+        for method in ("lora", "full"):
+            check_policy(plan["model"], method, run, folder)
+        check_half_precision_base(plan["model"], run)
+        check_refusals(plan["trainings"][0], run)
+        for model in plan["families"]:
+            check_family(model, run, folder)
+
+    carry_out(plan_file, checks, check_half_precision_arithmetic)
+
+
+def carry_out(
+    plan_file: str,
+    checks: Callable[[dict[str, Any], Run, Path], None],
+    check_arithmetic: Callable[[str, Path], None],
+) -> None:
+    """Checks within a run, those of half precision in one of its own, then the trainings."""
     plan = json.loads(Path(plan_file).read_text())
     folder = Path(plan["folder"])
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # a process group for each training
     meet(plan["ports"].pop())
     run = Run(RunConfig(dir=str(folder / "checks")))
-    for method in ("lora", "full"):
-        check_policy(plan["model"], method, run, folder)
-    check_half_precision_base(plan["model"], run)
-    check_refusals(plan["trainings"][0], run)
-    for model in plan["families"]:
-        check_family(model, run, folder)
+    checks(plan, run, folder)
     run.close()
     meet(plan["ports"].pop())
-    check_half_precision_arithmetic(plan["model"], folder)
+    check_arithmetic(plan["model"], folder)
     for overrides, port in zip(plan["trainings"], plan["ports"], strict=True):
         meet(port)
         recipe.train(recipe.load(None, overrides))

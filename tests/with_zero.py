@@ -8,15 +8,14 @@ for each group of processes. Whatever does not hold ends the process with its As
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from in_pieces import answer, close, meet
+from in_pieces import answer, carry_out, close
 
 from d3po import recipe
 from d3po.families import load_family
@@ -32,22 +31,15 @@ RATE = 1e-3
 
 def main(plan_file: str) -> None:
     """Check the engine, then train as the plan says."""
-    plan = json.loads(Path(plan_file).read_text())
-    folder = Path(plan["folder"])
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # a process group for each training
-    meet(plan["ports"].pop())
-    run = Run(RunConfig(dir=str(folder / "checks")))
-    assert run.division == "zero2"
-    for method in ("lora", "full"):
-        check_steps(plan["model"], method, run)
-    check_half_precision_base(plan["model"], run)
-    check_refusals(plan["trainings"][0], run)
-    run.close()
-    meet(plan["ports"].pop())
-    check_half_precision_arithmetic(plan["model"], folder)
-    for overrides, port in zip(plan["trainings"], plan["ports"], strict=True):
-        meet(port)
-        recipe.train(recipe.load(None, overrides))
+
+    def checks(plan: dict[str, Any], run: Run, folder: Path) -> None:
+        assert run.division == "zero2"
+        for method in ("lora", "full"):
+            check_steps(plan["model"], method, run)
+        check_half_precision_base(plan["model"], run)
+        check_refusals(plan["trainings"][0], run)
+
+    carry_out(plan_file, checks, check_half_precision_arithmetic)
 
 
 def learner_of(policy: Policy, run: Run) -> Learner:
