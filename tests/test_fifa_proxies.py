@@ -25,6 +25,7 @@ from fifa.proxies.card import CARD, PAGE, Card, margins_of, rank_correlation, re
 from fifa.proxies.fit import fit, fit_heads
 from fifa.proxies.likelihood import bradley_terry, davidson, rao_kupper
 from fifa.proxies.splits import split_pairs
+from fifa.proxies.training import Recipe, descend
 from fifa.rewards import REWARDS, Reward, load_reward, score_images
 from fifa.rewards.fitted import FACTS, TENSORS, FittedReward, HeadProxy
 from fifa.rewards.heads import PairHead, ScalarHead, Standardise, joint
@@ -537,3 +538,14 @@ def test_a_proxy_without_a_path_is_one_sentence() -> None:
 def test_an_unknown_kind_of_head_is_one_sentence() -> None:
     with pytest.raises(InputError, match="did you mean 'scalar'"):
         HeadProxy("scalars", 4, 0, 1)
+
+
+@pytest.mark.parametrize("anneal", [False, True])
+def test_a_rate_falls_along_half_a_cosine_or_stays(anneal: bool) -> None:
+    """Under a constant gradient each of AdamW's steps is as long as the rate."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    start = float(module.weight.detach())
+    recipe = Recipe(epochs=5, learning_rate=0.1, weight_decay=0.0, batch=4, anneal=anneal)
+    descend(module, lambda rows: module.weight.sum(), np.arange(4), np.arange(2), recipe, seed=0)
+    rates = [0.1 * (1 + np.cos(np.pi * epoch / 5)) / 2 if anneal else 0.1 for epoch in range(5)]
+    assert start - float(module.weight.detach()) == pytest.approx(sum(rates), rel=1e-4)
