@@ -1,7 +1,7 @@
 """Which method learns most? The same rollouts, or the same pairs, under every objective.
 
     python benchmarks/methods.py online configs/mini_d3po_compressibility.yaml --out FILE
-    python benchmarks/methods.py stored --seeds 0 1 --out FILE
+    python benchmarks/methods.py stored --seeds 0 1 --betas 0.1 1 --out FILE
     python benchmarks/methods.py curves FILE FILE --png docs/methods.png
 
 `online`: D3PO, DDPO, DPOK and reward-weighted regression at equal samples: the same number of
@@ -10,7 +10,8 @@ chosen from the same grid by one run on `--tune-seed`, which is not among the se
 other held-out prompts; that is the fair part of tuning, all else is as the config has it.
 
 `stored`: every objective that goes with stored pairs, on the same pairs (what FiFA keeps of a
-mini-world data set, as in filters.py), the same steps, each with the beta and rate of STORED.
+mini-world data set, as in filters.py), the same steps and rate. Several `--betas`, factors of the
+beta in STORED, are chosen from as the rates are.
 
 Intervals resample runs and prompts (see learning.py). What is there already is not trained again.
 """
@@ -66,8 +67,8 @@ def trained(config: Path, folder: Path, seed: int, overrides: list[str]) -> None
         train(load(config, [*own, *overrides]))
 
 
-def mean_reward(folder: Path, prompts: int, images: int, seed: int) -> float:
-    """Mean score by the judge trained on, over held-out prompts drawn with `seed`."""
+def mean_score(folder: Path, prompts: int, images: int, seed: int) -> float:
+    """Mean score by the config's first judge, over held-out prompts drawn with `seed`."""
     config, policy = load_run(folder)
     texts = held_out(config, prompts, seed)
     found, _ = scores(policy, config, [config.eval.judges[0]], texts, images)
@@ -82,16 +83,23 @@ def curve(folder: Path) -> list[list[float]]:
     return [[int(n), next(iter(r["reward"].values()))] for n, r in zip(drawn, rounds, strict=True)]
 
 
-def tuned(method: str, given: argparse.Namespace) -> dict[str, float]:
-    """Mean reward of each rate of the grid, by the tuning seed."""
-    found = {}
-    for rate in given.rates:
-        folder = given.runs / f"{given.config.stem}-{method}-tune-{rate:g}"
-        own = [*ONLINE[method], f"optim.learning_rate={rate}", *given.overrides]
-        trained(given.config, folder, given.tune_seed, own)
-        found[f"{rate:g}"] = mean_reward(folder, given.prompts, given.images, seed=98)
-        print(f"{method}, rate {rate:g}: {found[f'{rate:g}']:.4f}", flush=True)
-    return found
+def tuned(
+    arms: dict[str, list[str]], grid: dict[str, list[str]], config: Path, given: argparse.Namespace
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Mean score of each arm at each point of its grid, by the tuning seed; the arms at their best.
+
+    grid: of each arm the overrides to choose from.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for arm, own in arms.items():
+        found[arm] = {}
+        for choice in grid[arm]:
+            folder = given.runs / f"{config.stem}-{arm.replace(' ', '')}-tune-{choice}"
+            trained(config, folder, given.tune_seed, [*own, choice, *given.overrides])
+            found[arm][choice] = mean_score(folder, given.prompts, given.images, seed=98)
+            print(f"{arm}, {choice}: {found[arm][choice]:.4f}", flush=True)
+    best = {arm: max(scored, key=scored.__getitem__) for arm, scored in found.items()}
+    return found, {arm: [*own, best[arm]] for arm, own in arms.items()}
 
 
 def compared(
@@ -144,15 +152,22 @@ def versus(first: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     return {"difference": float(difference.mean()), "difference_interval": [low, high]}
 
 
+def chosen(
+    arms: dict[str, list[str]], grid: dict[str, list[str]], config: Path, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Tune what there is a choice of, then compare all arms."""
+    if all(len(choices) == 1 for choices in grid.values()):
+        only = {arm: [*own, *grid[arm]] for arm, own in arms.items()}
+        return {"tuning": {}, **compared(only, config, given)}
+    tuning, best = tuned(arms, grid, config, given)
+    return {"tuning": tuning, **compared(best, config, given)}
+
+
 def online(given: argparse.Namespace) -> dict[str, Any]:
     """Tune each method's rate, then compare all at equal samples."""
-    only = f"{given.rates[0]:g}"
-    best, tuning = dict.fromkeys(given.methods, only), {}
-    if len(given.rates) > 1:
-        tuning = {method: tuned(method, given) for method in given.methods}
-        best = {method: max(found, key=found.__getitem__) for method, found in tuning.items()}
-    arms = {m: [*ONLINE[m], f"optim.learning_rate={best[m]}"] for m in given.methods}
-    return {"tuning": tuning, **compared(arms, given.config, given)}
+    arms = {method: ONLINE[method] for method in given.methods}
+    rates = [f"optim.learning_rate={rate:g}" for rate in given.rates]
+    return chosen(arms, dict.fromkeys(arms, rates), given.config, given)
 
 
 def stored(given: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +183,14 @@ def stored(given: argparse.Namespace) -> dict[str, Any]:
     data = kept("importance", work, given.keep, 0, [])
     own = [f"offline.data={data}", f"offline.cache={work / 'cache'}"]
     arms = {name: [*STORED[name], *own] for name in given.methods}
-    return {"rows": given.rows, "keep": given.keep, **compared(arms, CONFIG, given)}
+    grid = {arm: betas(CONFIG, STORED[arm], given.betas) for arm in arms}
+    return {"rows": given.rows, "keep": given.keep, **chosen(arms, grid, CONFIG, given)}
+
+
+def betas(config: Path, own: list[str], factors: list[float]) -> list[str]:
+    """Overrides that multiply the beta of an arm."""
+    beta = load(config, own).objective.beta
+    return [f"objective.beta={beta * factor:g}" for factor in factors]
 
 
 def draw(files: list[Path], png: Path) -> None:
@@ -205,12 +227,13 @@ def parsed() -> argparse.Namespace:
         if kind == "online":
             one.add_argument("config", type=Path)
             one.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
-            one.add_argument("--tune-seed", type=int, default=100)
         else:
             one.add_argument("--rows", type=int, default=20_000)
             one.add_argument("--keep", default="5%")
+            one.add_argument("--betas", type=float, nargs="+", default=[1.0], help="factors")
         one.add_argument("overrides", nargs="*", help="key=value for train.py")
         one.add_argument("--methods", nargs="+", default=list(table), choices=list(table))
+        one.add_argument("--tune-seed", type=int, default=100)
         one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         one.add_argument("--prompts", type=int, default=64)
         one.add_argument("--images", type=int, default=4)

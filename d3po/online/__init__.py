@@ -35,7 +35,7 @@ from d3po.generate import Order, SamplerConfig, generate
 from d3po.health.pictures import group_sums, picture_metrics
 from d3po.judging import Hearing, Judge, Place, Scores, strict_pairs
 from d3po.likelihood import PathScore, log_peak, path_logp, path_score
-from d3po.online.blocks import Block, Rollout, Verdict, idle_block, teaching_blocks
+from d3po.online.blocks import Block, Judged, Rollout, idle_block, teaching_blocks
 from d3po.online.settings import OnlineConfig, groups_per_update, trained_steps
 from d3po.policy import Policy
 from d3po.run import Run
@@ -95,10 +95,10 @@ class OnlineSource:
             )
         # a picture that is not finite beats nobody, loses to nobody, and has no advantage
         scores = np.where(rollout.finite[:, None], scores, np.nan)
-        verdict, metrics = self._verdict(scores, len(rollout.places))
+        judged, metrics = self._judged(scores, len(rollout.places))
         metrics |= self._pictures(rollout, scores)
         self.run.status("training")
-        return Round(metrics, self._updates(index, rollout, verdict))
+        return Round(metrics, self._updates(index, rollout, judged))
 
     def _sample(self, index: int, hearing: Hearing) -> Rollout:
         config, seed = self.config, self.run.config.seed
@@ -139,31 +139,31 @@ class OnlineSource:
         size = self.groups_per_update
         return [u * size + i for u in range(self.updates) for i in self.run.share(size)]
 
-    def _verdict(self, scores: Scores, groups: int) -> tuple[Verdict, dict[str, Any]]:
+    def _judged(self, scores: Scores, groups: int) -> tuple[Judged, dict[str, Any]]:
         """What the scores mean for the objective, and what is written down about them."""
         pairs = [strict_pairs(own) for own in np.split(scores, groups)]
         mean, std, metrics = self._metrics(scores, pairs)
         if self.wants.kind == "pairs":
-            return Verdict(pairs, np.zeros(0)), metrics
+            return Judged(pairs, np.zeros(0)), metrics
         values = combined(scores, mean, std)
         _, spread = self._moments(values[:, None])
         found = advantages(values, self.config.images, self.config.advantage, float(spread[0]))
         _, spread = self._moments(found[:, None])
         metrics["advantage_std"] = float(spread[0])
-        return Verdict(pairs, labels(found) if self.wants.kind == "labels" else found), metrics
+        return Judged(pairs, labels(found) if self.wants.kind == "labels" else found), metrics
 
-    def _blocks(self, rollout: Rollout, verdict: Verdict) -> list[list[Block]]:
+    def _blocks(self, rollout: Rollout, judged: Judged) -> list[list[Block]]:
         """The blocks of each update, equally many on all processes."""
         count, idle = len(rollout.places) // self.updates, idle_block(rollout)
         kind, size = self.wants.kind, self.optim.micro_batch
         parts = [range(u * count, (u + 1) * count) for u in range(self.updates)]
         return [
-            self.run.in_step(teaching_blocks(rollout, verdict, groups, kind, size), idle)
+            self.run.in_step(teaching_blocks(rollout, judged, groups, kind, size), idle)
             for groups in parts
         ]
 
-    def _updates(self, index: int, rollout: Rollout, verdict: Verdict) -> Iterator[Update]:
-        blocks = self._blocks(rollout, verdict)
+    def _updates(self, index: int, rollout: Rollout, judged: Judged) -> Iterator[Update]:
+        blocks = self._blocks(rollout, judged)
         steps = {
             (u, epoch): trained_steps(self.config, self.grid, self.run.config.seed, index, u, epoch)
             for u in range(self.updates)

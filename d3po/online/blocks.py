@@ -39,7 +39,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class Judged:
     """What a round's scores mean, on this process; P groups of G images."""
 
     pairs: Sequence[Pairs]  # of each group, numbered within it
@@ -63,16 +63,16 @@ class Block:
 
 
 def teaching_blocks(
-    rollout: Rollout, verdict: Verdict, groups: range, kind: Kind, size: int
+    rollout: Rollout, judged: Judged, groups: range, kind: Kind, size: int
 ) -> list[Block]:
     """The groups that teach an objective of this kind, `size` at a time, without idle images."""
     images = rollout.group_size
     if kind == "pairs":
-        teaching = [group for group in groups if verdict.pairs[group]]
+        teaching = [group for group in groups if judged.pairs[group]]
         make = _pair_block
     else:
         everything = kind == "advantages"
-        values = verdict.values.reshape(-1, images)
+        values = judged.values.reshape(-1, images)
         finite = rollout.finite.reshape(-1, images)
         teaching = [
             group
@@ -80,15 +80,15 @@ def teaching_blocks(
             if np.any(values[group]) or (everything and finite[group].any())
         ]
         make = partial(_rated_block, kind)
-    return [make(rollout, verdict, teaching[i : i + size]) for i in range(0, len(teaching), size)]
+    return [make(rollout, judged, teaching[i : i + size]) for i in range(0, len(teaching), size)]
 
 
-def _pair_block(rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
+def _pair_block(rollout: Rollout, judged: Judged, groups: Sequence[int]) -> Block:
     win, lose = np.array(
         [
             (group * rollout.group_size + won, group * rollout.group_size + lost)
             for group in groups
-            for won, lost in verdict.pairs[group]
+            for won, lost in judged.pairs[group]
         ]
     ).T
     rows = np.unique([win, lose])
@@ -97,14 +97,14 @@ def _pair_block(rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Bl
     )
 
 
-def _rated_block(kind: Kind, rollout: Rollout, verdict: Verdict, groups: Sequence[int]) -> Block:
+def _rated_block(kind: Kind, rollout: Rollout, judged: Judged, groups: Sequence[int]) -> Block:
     size = rollout.group_size
     rows = np.concatenate([np.arange(group * size, (group + 1) * size) for group in groups])
     rows = rows[rollout.finite[rows]]
     if kind == "labels":
-        rows = rows[verdict.values[rows] != 0]
+        rows = rows[judged.values[rows] != 0]
     nobody = np.zeros(0, dtype=np.int64)
-    return _block(rollout, rows, nobody, nobody, verdict.values[rows])
+    return _block(rollout, rows, nobody, nobody, judged.values[rows])
 
 
 def _block(
