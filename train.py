@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 from d3po import recipe
 from d3po.run import ToldElsewhere
-from fifa.config import InputError, calm_libraries, describe, to_yaml
+from fifa.config import InputError, calm_libraries, describe, print_any_text, to_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; bad input is one sentence on stderr and exit code 2."""
     calm_libraries()
+    print_any_text()
     rank, processes = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     arguments = parser().parse_intermixed_args(argv)
     if arguments.keys:

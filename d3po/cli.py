@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fifa.config import InputError, calm_libraries, write_atomic
+from fifa.config import InputError, calm_libraries, print_any_text, write_atomic
 
 app = typer.Typer(
     help="Preference fine-tuning of diffusion models. `d3po demo` shows all of it in minutes.",
@@ -335,6 +335,7 @@ def _say(text: str) -> None:
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     calm_libraries()
+    print_any_text()
     try:
         app()
     except InputError as error:

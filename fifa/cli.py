@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fifa.config import InputError, calm_libraries
+from fifa.config import InputError, calm_libraries, print_any_text
 from fifa.reward_cli import reward_app
 from fifa.terminal import File, Settings, config_of, progress_shown, share_text, table
 
@@ -31,6 +31,7 @@ app.add_typer(reward_app, name="reward")
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2."""
     calm_libraries()
+    print_any_text()
     try:
         app()
     except InputError as error:
@@ -275,7 +276,7 @@ def _worth(point: Point) -> tuple[str, ...]:
 @app.command(epilog="Example: `fifa report runs/scores`")
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `fifa select` wrote to.")],
-    examples: Annotated[int, typer.Option(help="Pairs to show of each kind.")] = 8,
+    examples: Annotated[int, typer.Option(min=0, help="Pairs to show of each kind.")] = 8,
 ) -> None:
     """Write one HTML page: what was kept, what was dropped, and why."""
     from fifa.report import write_report

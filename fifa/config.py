@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import logging
 import math
 import os
@@ -140,11 +141,17 @@ def to_yaml(config: Config) -> str:
 # ---- load ---------------------------------------------------------------------------------------
 
 
-def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Read settings: the defaults of `cls`, then a YAML file, then `dotted.key=value` overrides.
+def load_config(
+    cls: type[C],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> C:
+    """Read settings: the defaults of `cls`, a YAML file, `dotted.key=value` overrides, options.
 
-    An override's value is parsed as YAML (`1e-5`, `[1, 2]`, `null`). Raises InputError that names
-    the key, where it was set and what is allowed; for an unknown key it suggests the nearest one.
+    An override's value is parsed as YAML (`1e-5`, `[1, 2]`, `null`); an option's is taken as it is,
+    so that a file may be called `null` or `2024`. Raises InputError that names the key, where it
+    was set and what is allowed; for an unknown key it suggests the nearest one.
     """
     values = {} if path is None else _read_mapping(Path(path))
     origin: dict[str, str] = {}
@@ -152,6 +159,8 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
         key, value = _split_override(override)
         _assign(values, key, value, override)
         origin[key] = f"the override '{override}'"
+    for key, value in (options or {}).items():
+        values[key], origin[key] = value, f"the option {key}"
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -298,6 +307,13 @@ def calm_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed is not yet used
 
 
+def print_any_text() -> None:
+    """For a program's start: a sign that the output's encoding lacks is printed as a "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No log lines of libraries: what matters of them is raised as well, and told in a sentence."""
@@ -392,11 +408,12 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
 
 
 @contextmanager
-def only_writer(folder: Path, lock: str, doing: str) -> Iterator[None]:
+def only_writer(folder: Path, lock: str, doing: str, parts: Sequence[str] = ()) -> Iterator[None]:
     """Be the only process that writes to a folder; what a killed one left there is swept away.
 
-    `lock` is a file in the folder. Raises InputError "another process is {doing} {folder}", and
-    where the folder cannot be written to.
+    `lock` is a file in the folder. Half-written files are looked for in the folder, beside the lock
+    and in the subfolders `parts`, no deeper: what else lies below may be in another's work. Raises
+    InputError "another process is {doing} {folder}", and where the folder cannot be written to.
     """
     try:
         (folder / lock).parent.mkdir(parents=True, exist_ok=True)
@@ -406,8 +423,10 @@ def only_writer(folder: Path, lock: str, doing: str) -> Iterator[None]:
     if held is None:
         raise InputError(f"another process is {doing} {folder}")
     with held:
-        for left_over in folder.rglob(".tmp-*"):
-            _remove(left_over)
+        for place in {folder, (folder / lock).parent, *(folder / part for part in parts)}:
+            for left_over in place.glob(".tmp-*"):
+                if not left_over.is_dir():  # a folder in the making is never ours
+                    _remove(left_over)
         yield
 
 

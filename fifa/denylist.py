@@ -17,10 +17,13 @@ from fifa.pairs import normalise_prompt
 
 
 class DenyList:
-    """Entries of a file, ready to be searched for."""
+    """Phrases (words with single spaces) and expressions, ready to be searched for."""
 
-    def __init__(self, patterns: Sequence[re.Pattern[str]]) -> None:
-        self._patterns = tuple(patterns)
+    def __init__(self, phrases: Sequence[str], expressions: Sequence[re.Pattern[str]]) -> None:
+        # All phrases in one search: a list of thousands costs little more than one phrase.
+        any_of = "|".join(map(re.escape, phrases))
+        whole = [re.compile(rf"(?<!\w)(?:{any_of})(?!\w)", re.IGNORECASE)] if phrases else []
+        self._patterns = (*whole, *expressions)
 
     def names(self, prompt: str) -> bool:
         """Whether an entry applies to the prompt, as it is written or normalised."""
@@ -34,7 +37,7 @@ def read_deny_list(path: Path) -> DenyList:
     Raises InputError if it cannot be read, holds no entry, or an expression is not valid.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"cannot read the deny list {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -43,16 +46,19 @@ def read_deny_list(path: Path) -> DenyList:
     entries = [(number, text) for number, text in entries if text and not text.startswith("#")]
     if not entries:
         raise InputError(f"the deny list {path} has no entry; a line each, # begins a comment")
-    return DenyList([_pattern(text, f"{path}, line {number}") for number, text in entries])
+    parsed = [_entry(text, f"{path}, line {number}") for number, text in entries]
+    phrases = [entry for entry in parsed if isinstance(entry, str)]
+    return DenyList(phrases, [entry for entry in parsed if not isinstance(entry, str)])
 
 
-def _pattern(entry: str, where: str) -> re.Pattern[str]:
-    if len(entry) > 2 and entry.startswith("/") and entry.endswith("/"):
+def _entry(text: str, where: str) -> str | re.Pattern[str]:
+    """A line's phrase, or its expression."""
+    if len(text) > 2 and text.startswith("/") and text.endswith("/"):
         try:
-            return re.compile(entry[1:-1], re.IGNORECASE)
+            return re.compile(text[1:-1], re.IGNORECASE)
         except re.error as error:
-            raise InputError(f"{where}: '{entry}' is no regular expression: {error}") from None
-    words = [re.escape(word) for word in normalise_prompt(entry).split()]
-    if not words:
-        raise InputError(f"{where}: '{entry}' has no words to look for")
-    return re.compile(rf"(?<!\w){r' '.join(words)}(?!\w)", re.IGNORECASE)
+            raise InputError(f"{where}: '{text}' is no regular expression: {error}") from None
+    phrase = " ".join(normalise_prompt(text).split())
+    if not phrase:
+        raise InputError(f"{where}: '{text}' has no words to look for")
+    return phrase

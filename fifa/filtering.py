@@ -107,7 +107,7 @@ class SelectConfig(Config):
     @field_validator("k")
     @classmethod
     def _looks_like_a_count(cls, value: str | int) -> str | int:
-        parse_count(value, 10**18)
+        parse_count(value)
         return value
 
 
@@ -206,7 +206,8 @@ def _vectors(folder: Path, manifest: dict[str, Any]) -> Vectors:
 def _denied(table: PairTable | PromptList, scores: pa.Table, denied: DenyList) -> NDArray[np.bool_]:
     """Which scored rows have a prompt that the list names."""
     captions = table.captions(scores["row"].to_numpy())
-    return np.array([denied.names(caption) for caption in captions], dtype=bool)
+    named = {caption: denied.names(caption) for caption in dict.fromkeys(captions)}
+    return np.array([named[caption] for caption in captions], dtype=bool)
 
 
 def _ruled_out(scores: pa.Table, config: SelectConfig) -> NDArray[np.object_]:

@@ -77,7 +77,7 @@ class SweepConfig(SelectConfig):
     @classmethod
     def _look_like_counts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for size in value:
-            parse_count(size, 10**18)
+            parse_count(size)
         return value
 
     @field_validator("alphas", "gammas")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +30,8 @@ def config_of(
     cls: type[C], file: Path | None, given: Mapping[str, Any], more: list[str] | None
 ) -> C:
     """Settings from the file, then `--set`, then the options that were given."""
-    named = [f"{key}={quoted(str(value))}" for key, value in given.items() if value is not None]
-    return load_config(cls, file, [*(more or []), *named])
-
-
-def quoted(text: str) -> str:
-    """Text as YAML reads it back, without quotes where none are needed."""
-    return text if re.fullmatch(r"[\w./%+-]+", text) else json.dumps(text)
+    named = {key: value for key, value in given.items() if value is not None}
+    return load_config(cls, file, more or [], named)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -253,12 +253,24 @@ def test_numbers_that_json_does_not_know_become_null() -> None:
     assert finite({"a": [math.nan, 1.0], "b": (math.inf,)}) == {"a": [None, 1.0], "b": [None]}
 
 
+def test_a_sign_that_the_output_lacks_ends_no_program() -> None:
+    program = "from fifa.config import print_any_text as ready; ready(); print('0.1 \\u2013 0.2')"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": os.getcwd()}
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, env=environment
+    )
+    assert told.stdout.split() == [b"0.1", b"?", b"0.2"]
+
+
 def test_one_process_writes_to_a_folder_and_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    (folder / ".tmp-1-part").mkdir(parents=True)
-    (folder / ".tmp-2").write_text("half")
-    with only_writer(folder, "inner/lock", "writing to"):
-        assert sorted(path.name for path in folder.iterdir()) == ["inner"]
+    theirs = [folder / ".tmp-1-being-made" / "file", folder / "other" / ".tmp-2"]
+    ours = [folder / ".tmp-3", folder / "inner" / ".tmp-4", folder / "scores" / ".tmp-5"]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    with only_writer(folder, "inner/lock", "writing to", parts=["scores"]):
+        assert [path.exists() for path in (*theirs, *ours)] == [True, True, False, False, False]
         with (
             pytest.raises(InputError, match=f"^another process is writing to {folder}$"),
             only_writer(folder, "inner/lock", "writing to"),

@@ -40,6 +40,16 @@ def test_signs_in_a_phrase_mean_themselves(tmp_path: Path) -> None:
     assert not names(tmp_path, "c++ (old)", "art of ccc old days")
 
 
+def test_each_of_many_phrases_is_found(tmp_path: Path) -> None:
+    lines = "red\nred fox\nfox hunting\n/^a z/\n"
+    prompts = ["a fox hunting", "the red fox", "a reddish fox hunt", "a zoo", "red"]
+    assert [names(tmp_path, lines, prompt) for prompt in prompts] == [True, True, False, True, True]
+
+
+def test_a_byte_order_mark_belongs_to_no_entry(tmp_path: Path) -> None:
+    assert names(tmp_path, "\ufeff/\\bgore\\b/\n", "gore")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

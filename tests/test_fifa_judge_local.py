@@ -81,9 +81,9 @@ def test_a_score_does_not_depend_on_the_batch(folder: Path) -> None:
 
 def test_the_name_changes_with_the_weights(folder: Path, tmp_path: Path) -> None:
     other = build_chat_model(tmp_path / folder.name)
-    first, second = LocalJudge(str(folder)), LocalJudge(str(other), dtype="bfloat16")
+    first, second = LocalJudge(str(folder)), LocalJudge(str(other), dtype="bfloat16", least_mass=0)
     assert first.name.startswith(f"local:{folder.name}@")
-    assert first.name.endswith(f":auto:{rubric.VERSION}")
+    assert first.name.endswith(f":auto:0.01:{rubric.VERSION}")
     assert first.name != second.name
     assert second.model.dtype == torch.bfloat16
     assert all(q.score is not None and 0 <= q.score <= 10 for q in second.score(PROMPTS))

@@ -287,6 +287,21 @@ def test_a_selection_of_another_version_is_one_sentence(folder: Path, tmp_path: 
         write_report(tmp_path)
 
 
+def test_other_data_or_scores_than_those_selected_from_are_one_sentence(tmp_path: Path) -> None:
+    data, scores = tmp_path / "a.parquet", tmp_path / "s"
+    settings = {"data": data, "out": scores, "reward": "jpeg_incompressibility"}
+    write_pairs(data, **columns(12))
+    score(ScoreConfig(**settings))
+    select(SelectConfig(scores=scores, k=2))
+    write_report(scores)
+    score(ScoreConfig(**settings, embedder="tfidf:8"))
+    with pytest.raises(InputError, match=r"anew after the selection, with another embedder; run"):
+        write_report(scores)
+    write_pairs(data, **{**columns(12), "caption": [f"another {i}" for i in range(12)]})
+    with pytest.raises(InputError, match=r"a\.parquet has changed since the selection"):
+        write_report(scores)
+
+
 def test_writing_twice_gives_the_same_bytes(folder: Path) -> None:
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first

@@ -49,7 +49,7 @@ class LocalJudge:
         self.tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.name = f"local:{_identity(model, self.model)}:{dtype}:{rubric.VERSION}"
+        self.name = f"local:{_identity(model, self.model)}:{dtype}:{least_mass:g}:{rubric.VERSION}"
         self.answers = self._answer_tokens()
         self.ends = self._end_tokens()
         self.control = self._control_tokens()

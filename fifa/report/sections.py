@@ -17,7 +17,7 @@ from fifa.pairs import PairTable
 from fifa.report.comparisons import comparisons
 from fifa.report.examples import SHOWN, example_sections
 from fifa.report.page import Bar, Section, html_bars, html_plots, html_table, html_text, html_tiles
-from fifa.scoring import REJECTED
+from fifa.scoring import REJECTED, read_manifest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,12 +33,13 @@ def filter_sections(
     `brief` keeps the counts, the terms, and examples of what was kept and dropped.
     """
     selection, fates = _read_selection(folder)
+    table = PairTable.open(selection["data"])
+    _check_unchanged(selection, table)
     scores = _with_fates(read_scores(Path(selection["scores"])), fates)
     terms = {name: _term(scores, name) for name in _MEANING}
     numbers = {**selection, "terms": {name: _spread(*values) for name, values in terms.items()}}
     numbers["histograms"] = {name: _histogram(*values) for name, values in terms.items()}
     numbers["rejected"] = _rejected(numbers)
-    table = PairTable.open(selection["data"])
     sections = [
         ("What came and what went", _funnel(numbers, brief)),
         ("The three terms, among all pairs and among the kept", _terms(numbers)),
@@ -66,12 +67,25 @@ def _read_selection(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     return selection, fates
 
 
+def _check_unchanged(selection: dict[str, Any], table: PairTable) -> None:
+    """InputError where data or scores are not those that the pairs were selected from."""
+    then, scores = selection["scored_with"], Path(selection["scores"])
+    if table.fingerprint() != then["data"]:
+        raise InputError(f"{table.path} has changed since the selection; score and select again")
+    manifest = read_manifest(scores)
+    now = {**manifest["pass"], **manifest["prompts"]}
+    changed = [name for name in then if now.get(name) != then[name]]
+    if changed:
+        raise InputError(
+            f"{scores} was made anew after the selection, with another {', '.join(changed)}; "
+            "run `fifa select` again"
+        )
+
+
 def _with_fates(scores: pa.Table, fates: pa.Table) -> pa.Table:
-    rows = scores["row"].to_numpy()
-    if len(rows) and rows.max() >= len(fates):
-        raise InputError("the scores were made anew after the selection; run `fifa select` again")
+    rows = pa.array(scores["row"].to_numpy())
     for name in ("fate", "importance"):
-        scores = scores.append_column(name, fates[name].take(pa.array(rows)))
+        scores = scores.append_column(name, fates[name].take(rows))
     return scores
 
 

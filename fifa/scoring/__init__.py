@@ -107,7 +107,7 @@ def score(
     """
     # With Ray this process scores nothing and may have no GPU: it asks for names and versions.
     scorer = load_scorer(config, "cpu" if config.ray else config.device)
-    with only_writer(config.out, ".lock", "writing scores to"):
+    with only_writer(config.out, ".lock", "writing scores to", parts=["scores"]):
         manifest = _manifest(config, scorer)
         _check_same(config.out, manifest)
         write_atomic(config.out / MANIFEST, _json({**manifest, "complete": False}))

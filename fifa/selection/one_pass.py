@@ -31,15 +31,23 @@ def _place_in_group(groups: Ints) -> Ints:
     return place
 
 
-def parse_count(text: str | int | float, total: int) -> int:
-    """How many of `total` rows "0.5%" or "4000" means; at least one. InputError otherwise."""
+def parse_count(text: str | int | float, total: int | None = None) -> int:
+    """How many of `total` rows "0.5%" or "4000" means; at least one. InputError otherwise.
+
+    Without a total only what is wrong with any total is refused.
+    """
     match = re.fullmatch(r"\s*(\d+)\s*|\s*(\d+\.?\d*|\.\d+)\s*%\s*", str(text))
     if match is None:
         raise InputError(f"the number of pairs is '{text}', it must look like 4000 or 0.5%")
+    number = float(match[1] or match[2])
+    if number == 0 or (match[2] is not None and number > 100):
+        raise InputError(
+            f"the number of pairs is '{text}', it must be at least 1, or a share up to 100%"
+        )
     if match[1] is not None:
         count = int(match[1])
     else:
-        count = max(1, round(float(match[2]) / 100 * total)) if float(match[2]) > 0 else 0
-    if not 1 <= count <= total:
+        count = max(1, round(number / 100 * (total or 0)))
+    if total is not None and count > total:
         raise InputError(f"the number of pairs is '{text}' of {total} rows, it must be 1..{total}")
     return count
