@@ -59,9 +59,7 @@ STORED = {
 
 
 def trained(config: Path, folder: Path, seed: int, overrides: list[str]) -> None:
-    """One run, in this process; nothing to do if it is there."""
-    if (folder / "weights").is_dir():
-        return
+    """One run, in this process; a finished one is only looked at, one of other settings refused."""
     own = [f"run.dir={folder}", f"run.seed={seed}", f"policy.seed={seed}", "eval.prompts=null"]
     with redirect_stdout(io.StringIO()):
         train(load(config, [*own, *overrides]))

@@ -78,12 +78,11 @@ def places(names: list[str], seeds: list[int], pairs: int) -> dict[str, dict[str
 def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
     """The folder of a run on one reward."""
     folder: Path = given.runs / f"{name.replace(' ', '_')}-{seed}"
-    if not (folder / "weights").is_dir():
-        own = [f"run.dir={folder}", f"run.seed={seed}", f"policy.seed={seed}"]
-        own += [f"online.judges=['{spec(name)}']", "eval.prompts=null"]
-        own += [f"optim.max_steps={given.steps}", *given.overrides]
-        with redirect_stdout(io.StringIO()):
-            train(load(CONFIG, own))
+    own = [f"run.dir={folder}", f"run.seed={seed}", f"policy.seed={seed}"]
+    own += [f"online.judges=['{spec(name)}']", "eval.prompts=null"]
+    own += [f"optim.max_steps={given.steps}", *given.overrides]
+    with redirect_stdout(io.StringIO()):
+        train(load(CONFIG, own))  # a finished run is only looked at
     return folder
 
 
