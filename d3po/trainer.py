@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -175,8 +174,9 @@ def train_step(learner: Learner, update: Update, run: Run, step: int) -> dict[st
     if terms == 0:
         return {unit: 0.0, "skipped": 0.0}
     shared: Facts = {}
+    update = _with_reference(learner, update)
     if "baseline" in learner.objective.takes:
-        update, shared["baseline"] = _with_baseline(learner, update, run, terms)
+        shared["baseline"] = _baseline(learner, update, run, terms)
     sums = _backward(learner, update, run, run.processes / terms, shared)
     grad_norm, stepped = learner.engine(run).step(learner.config.rate(step))
     if stepped:
@@ -193,23 +193,32 @@ def train_step(learner: Learner, update: Update, run: Run, step: int) -> dict[st
     }
 
 
-def _with_baseline(
-    learner: Learner, update: Update, run: Run, terms: float
-) -> tuple[Update, Tensor]:
+def _with_reference(learner: Learner, update: Update) -> Update:
+    """The update with what the reference says of its chunks.
+
+    All are asked together: under full training the reference's weights travel to the device for it.
+    """
+    asked, policy = learner.objective.takes, learner.policy
+    if not any(chunk.lacks(asked) for chunk in update.chunks):
+        return update
+    with policy.reference():
+        chunks = [chunk.with_reference(policy.bare, asked) for chunk in update.chunks]
+    return replace(update, chunks=chunks)
+
+
+@torch.no_grad()
+def _baseline(learner: Learner, update: Update, run: Run, terms: float) -> Tensor:
     """KTO's reference point, max(0, mean of logp - ref) over the update on all processes.
 
     It has to be known before the first chunk goes backward, and costs one more forward without
-    gradient; the reference's scores found on the way are kept.
+    gradient.
     """
-    policy, chunks, total = learner.policy, [], 0.0
+    total = 0.0
     for chunk in update.chunks:
-        ref = reference_logp(policy, chunk.logp) if chunk.ref is None else chunk.ref
-        with torch.no_grad():
-            total += float((chunk.logp(policy.bare) - ref).double().sum())
-        chunks.append(replace(chunk, ref=ref))
+        assert chunk.ref is not None
+        total += float((chunk.logp(learner.policy.bare) - chunk.ref).double().sum())
     (everywhere,) = run.total([total])
-    baseline = torch.tensor(max(0.0, everywhere / terms), device=run.device)
-    return replace(update, chunks=chunks), baseline
+    return torch.tensor(max(0.0, everywhere / terms), device=run.device)
 
 
 def _backward(
@@ -223,8 +232,7 @@ def _backward(
     sums: dict[str, float] = {}
     for i, chunk in enumerate(update.chunks, 1):
         with nullcontext() if i == len(update.chunks) else engine.alone():
-            as_reference = partial(reference_logp, policy)
-            facts = {**chunk.facts(policy.denoiser, as_reference, objective.takes), **shared}
+            facts = {**chunk.facts(policy.denoiser, objective.takes), **shared}
             loss = objective.loss(facts)
             engine.backward(loss.sum() * scale)
         seen = {"loss": loss.detach(), **objective.watch(facts)}

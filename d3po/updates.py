@@ -9,7 +9,7 @@ known of them where the loss is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ Kind = Literal["pairs", "labels", "advantages"]
 
 Facts = dict[str, Tensor]
 """What is known of a chunk, (Q, S) or (B, S) each, under the names of an objective's arguments."""
-
-AsReference = Callable[[Callable[[nn.Module], Any]], Any]
-"""as_reference(f) -> f(denoiser) under the reference's weights, without gradient."""
 
 
 class Wants(NamedTuple):
@@ -48,21 +45,27 @@ class Chunk:
     win: Tensor  # (Q,) long: row of each pair's winner
     lose: Tensor  # (Q,) long
     steps: int  # S
-    ref: Tensor | None = None  # (B, S) under the reference; None: computed when its turn comes
+    ref: Tensor | None = None  # (B, S) under the reference; None: not asked yet
 
     @property
     def terms(self) -> int:
         """Pairs times steps."""
         return len(self.win) * self.steps
 
-    def facts(
-        self, denoiser: nn.Module, as_reference: AsReference, asked: Collection[str]
-    ) -> Facts:
-        """What is `asked` for, with the gradient of `denoiser`."""
+    def lacks(self, asked: Collection[str]) -> bool:
+        """Whether the reference has to say something first."""
+        return "ref_win" in asked and self.ref is None
+
+    def with_reference(self, reference: nn.Module, asked: Collection[str]) -> Chunk:
+        """The chunk with what the reference says of it."""
+        return replace(self, ref=self.logp(reference)) if self.lacks(asked) else self
+
+    def facts(self, denoiser: nn.Module, asked: Collection[str]) -> Facts:
+        """What is `asked` for, with the gradient of `denoiser`; nothing may be lacking."""
         found: Facts = {}
         if "ref_win" in asked:
-            ref = as_reference(self.logp) if self.ref is None else self.ref
-            found = {"ref_win": ref[self.win], "ref_lose": ref[self.lose]}
+            assert self.ref is not None
+            found = {"ref_win": self.ref[self.win], "ref_lose": self.ref[self.lose]}
         logp = self.logp(denoiser)
         return {**found, "win": logp[self.win], "lose": logp[self.lose]}
 
@@ -78,34 +81,46 @@ class Rated:
     kind: Kind
     value: Tensor  # (B,) float: +1 liked, -1 disliked; or the advantage
     steps: int  # S
-    ref: Tensor | None = None  # (B, S) under the reference; None: computed when its turn comes
+    ref: Tensor | None = None  # (B, S) under the reference; None: not asked yet
     old: Tensor | None = None  # (B, S) under the policy that drew the images, for advantages
     path: Callable[[nn.Module], PathScore] | None = None  # along a stored path, for a KL
     reduce: Reduce = "mean"
+    ref_mean: Tensor | None = None  # (B, S, C, h, w) means of its steps, for a KL; None: not asked
 
     @property
     def terms(self) -> int:
         """Images times steps."""
         return len(self.value) * self.steps
 
-    def facts(
-        self, denoiser: nn.Module, as_reference: AsReference, asked: Collection[str]
-    ) -> Facts:
-        """What is `asked` for, with the gradient of `denoiser`."""
+    def lacks(self, asked: Collection[str]) -> bool:
+        """Whether the reference has to say something first."""
+        return ("ref" in asked and self.ref is None) or ("kl" in asked and self.ref_mean is None)
+
+    def with_reference(self, reference: nn.Module, asked: Collection[str]) -> Rated:
+        """The chunk with what the reference says of it."""
+        ref, mean = self.ref, self.ref_mean
+        if "ref" in asked and ref is None:
+            ref = self.logp(reference)
+        if "kl" in asked and mean is None:
+            assert self.path is not None  # advantages come from rollouts, which have one
+            mean = self.path(reference).mean
+        return replace(self, ref=ref, ref_mean=mean)
+
+    def facts(self, denoiser: nn.Module, asked: Collection[str]) -> Facts:
+        """What is `asked` for, with the gradient of `denoiser`; nothing may be lacking."""
         value = self.value[:, None].expand(-1, self.steps)
         found: Facts = {"desirable" if self.kind == "labels" else "advantage": value}
         if self.old is not None:
             found["old"] = self.old
         if "ref" in asked:
-            found["ref"] = as_reference(self.logp) if self.ref is None else self.ref
+            assert self.ref is not None
+            found["ref"] = self.ref
         if "kl" in asked:
-            assert self.path is not None  # advantages come from rollouts, which have one
-            theirs, ours = as_reference(self.path), self.path(denoiser)
-            return {
-                **found,
-                "logp": ours.logp,
-                "kl": gaussian_kl(ours.mean, theirs.mean, self.reduce),
-            }
+            assert self.path is not None
+            assert self.ref_mean is not None
+            ours = self.path(denoiser)
+            kl = gaussian_kl(ours.mean, self.ref_mean, self.reduce)
+            return {**found, "logp": ours.logp, "kl": kl}
         return {**found, "logp": self.logp(denoiser)}
 
 

@@ -35,7 +35,7 @@ from d3po.online.settings import OnlineConfig
 from d3po.pair_cache import cached_pairs
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
-from d3po.trainer import Learner, OptimConfig, reference_logp, train_step
+from d3po.trainer import Learner, OptimConfig, train_step
 from d3po.updates import Chunk, Rated, Update
 from fifa.config import InputError
 
@@ -272,7 +272,9 @@ def test_an_idle_process_walks_without_a_term(start: Start, run: Run, name: str)
     block.ref.zero_()
     chunk, asked = source._chunk(block, [0]), learner.objective.takes
     assert chunk.terms == 0
-    facts = chunk.facts(learner.policy.denoiser, lambda f: reference_logp(learner.policy, f), asked)
+    with learner.policy.reference():
+        chunk = chunk.with_reference(learner.policy.bare, asked)
+    facts = chunk.facts(learner.policy.denoiser, asked)
     facts["baseline"] = torch.tensor(0.0)
     loss = learner.objective.loss(facts)
     assert loss.shape == (0, 1)

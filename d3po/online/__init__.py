@@ -40,7 +40,7 @@ from d3po.online.settings import OnlineConfig, groups_per_update, trained_steps
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.sampling import Reduce
-from d3po.trainer import OptimConfig, reference_logp
+from d3po.trainer import OptimConfig
 from d3po.updates import PAIRS, Chunk, Rated, Round, Update, Wants
 from fifa.config import InputError
 
@@ -171,9 +171,8 @@ class OnlineSource:
         }
         for u, own in enumerate(blocks):
             needed = sorted({i for (v, _), some in steps.items() if v == u for i in some})
-            for block in own if self.wants.reference else []:
-                logp = partial(self._logp, block.latents, block.cond, needed)
-                block.ref[:, needed] = reference_logp(self.policy, logp)
+            if self.wants.reference:
+                self._ask_reference(own, needed)
         for epoch in range(self.config.inner_epochs):
             for u, own in enumerate(blocks):
                 chunks = [
@@ -182,6 +181,12 @@ class OnlineSource:
                     for some in self._at_once(steps[u, epoch])
                 ]
                 yield Update(chunks, sum(len(block) for block in own))
+
+    def _ask_reference(self, blocks: Sequence[Block], steps: Sequence[int]) -> None:
+        with self.policy.reference():
+            for block in blocks:
+                scores = self._logp(block.latents, block.cond, steps, self.policy.bare)
+                block.ref[:, steps] = scores
 
     def _chunk(self, block: Block, steps: Sequence[int]) -> Chunk | Rated:
         logp = partial(self._logp, block.latents, block.cond, steps)
