@@ -20,6 +20,7 @@ from fifa.config import InputError
 from fifa.features import PairFeatures, pair_features
 from fifa.images import decode, to_batch
 from fifa.proxies import TasteConfig
+from fifa.proxies.splits import split_pairs
 from fifa.proxies.tastes import (
     Votes,
     adapt,
@@ -33,7 +34,6 @@ from fifa.proxies.tastes import (
     votes_of,
     with_user,
 )
-from fifa.proxies.splits import split_pairs
 from fifa.rewards import load_reward
 from fifa.rewards.tastes import FACTS, GAIN, TasteModel, TasteShape, load_tastes, mixture
 
@@ -338,6 +338,11 @@ def test_the_command_line_fits_adapts_and_lists_disputes(folder: Path, table: Pa
         app, ["reward", "disputes", str(folder), str(table), "--most", "3"], catch_exceptions=False
     )
     assert listed.output.count("%") >= 3
+    for wrong in (
+        ["reward", "disputes", str(folder), str(table), "--most", "-795"],
+        [*arguments, "--limit", "-1"],
+    ):
+        assert runner.invoke(app, wrong).exit_code == 2
 
 
 def test_the_card_counts_what_is_right(folder: Path, table: Path) -> None:
@@ -404,6 +409,9 @@ def test_rows_without_a_person_are_left_out(table: Path, tmp_path: Path) -> None
     assert sum(card.rows.values()) == 180
     with pytest.raises(InputError, match="exists; choose another"):
         tastes(config)
+    elsewhere = {"out": tmp_path / "never", "device": "nowhere"}
+    with pytest.raises(InputError, match="encoder 'mini' cannot run on 'nowhere'"):
+        tastes(config.model_copy(update=elsewhere))
 
 
 def test_votes_number_people_by_name() -> None:

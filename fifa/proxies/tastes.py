@@ -27,6 +27,7 @@ from fifa.features import CACHE, PairFeatures, pair_features
 from fifa.proxies.settings import TasteConfig
 from fifa.proxies.splits import Rows, split_pairs
 from fifa.proxies.training import descend, fresh, recipe_of
+from fifa.rewards import on_device
 from fifa.rewards.encoders import load_encoder
 from fifa.rewards.heads import joint
 from fifa.rewards.tastes import GAIN, TasteModel, TasteShape, load_tastes, save_tastes
@@ -178,7 +179,7 @@ def _losses(model: TasteModel, votes: Votes, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def right(model: TasteModel, votes: Votes, rows: Rows, own: bool = True) -> NDArray[np.bool_]:
-    """Whether each strict pair is ordered as its person did, by their own mixture or the average."""
+    """Whether each strict pair is ordered as its person did, by their mixture or the average."""
     some = torch.from_numpy(rows)
     weights = model.weights(votes.user[some])
     if not own:
@@ -198,7 +199,7 @@ def tastes(config: TasteConfig, progress: Progress = _silent) -> TasteCard:
     """
     if config.out.exists():
         raise InputError(f"{config.out} exists; choose another folder or delete it")
-    encoder = load_encoder(config.encoder).to(config.device)
+    encoder = on_device(load_encoder(config.encoder), config.device, "encoder", config.encoder)
     cache = config.cache or config.out.parent / CACHE
     pairs = pair_features(config.pairs, encoder, cache, progress)
     pairs, config, note = _with_people(pairs, config)
