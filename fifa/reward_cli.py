@@ -48,8 +48,10 @@ def reward_fit(
     }
     with progress_shown() as progress:
         card = fit(config_of(FitConfig, config, given, settings), progress)
-    for reason, count in {**card.dropped, **card.rejected}.items():
-        print(f"  set aside, {count:,} rows: {reason}")
+    if card.objectives:
+        print(f"objectives: {', '.join(card.objectives)}")
+    for line in card.set_aside():
+        print(f"  set aside, {line}")
     print(
         f"agrees with {share_text(card.accuracy)} of {card.accuracy.pairs:,} held-out strict pairs"
     )
@@ -127,7 +129,7 @@ def reward_adapt(
     pairs: Annotated[Path, typer.Argument(help="Pair table with the new person's choices.")],
     user: Annotated[str, typer.Option(help="Their name: `user_id` in the table.")],
     out: Annotated[Path, typer.Option(help="Folder for the tastes with one person more.")],
-    limit: Annotated[int | None, typer.Option(help="Use their first pairs only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use their first pairs only.", min=1)] = None,
 ) -> None:
     """Take in a new person from a few choices; everything else stays as it is, to the bit."""
     from fifa.proxies.tastes import adapt_folder
@@ -144,7 +146,7 @@ def reward_adapt(
 def reward_disputes(
     folder: Annotated[Path, typer.Argument(help="Folder of `fifa reward tastes`.")],
     pairs: Annotated[Path, typer.Argument(help="Pair table to look at.")],
-    most: Annotated[int, typer.Option(help="How many pairs to show.")] = 20,
+    most: Annotated[int, typer.Option(help="How many pairs to show.", min=1)] = 20,
 ) -> None:
     """List the pairs that divide the tastes most: where more answers are worth having."""
     from fifa.proxies.tastes import disputes_of

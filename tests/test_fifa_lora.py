@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fifa.proxies.card import read_card
 from fifa.proxies.fit import fit
 from fifa.proxies.lora import _Trainee, cosine_proxy, cosine_temperature, encoded_pictures
 from fifa.proxies.splits import split_pairs
+from fifa.proxies.training import _held_out
 from fifa.rewards import load_reward, score_images
 from fifa.rewards.encoders import load_encoder
 from fifa.rewards.tuned import FACTS, TENSORS, add_adapter, last_layers, merge_adapter
@@ -133,7 +135,7 @@ def test_a_merged_adapter_computes_what_it_did_beside_the_weights(
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_pickscores_by_hand(place: Path) -> None:
+def test_the_loss_is_that_of_prompts_which_weigh_the_same_by_hand(place: Path) -> None:
     encoder = load_encoder("mini")
     pairs = pair_features(place / "d.parquet", encoder)
     smoothed = config(place, "unused").model_copy(update={"smoothing": 0.1})
@@ -147,8 +149,20 @@ def test_the_loss_is_pickscores_by_hand(place: Path) -> None:
     each = -label * np.log(chance) - (1 - label) * np.log(1 - chance)
     of_prompt = [int((pairs.prompt == prompt).sum()) for prompt in pairs.prompt[rows]]
     assert len(set(of_prompt)) > 1
-    expected = (each / of_prompt).sum() / sum(1 / count for count in of_prompt)
+    counts = Counter(pairs.prompt.tolist())
+    average = len(counts) / len(pairs)  # weight of a pair, whose prompt weighs 1
+    expected = (each / of_prompt).mean() / average
     assert trainee.loss(torch.from_numpy(rows)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_held_out_loss_does_not_depend_on_the_batch(place: Path) -> None:
+    encoder = load_encoder("mini")
+    pairs = pair_features(place / "d.parquet", encoder)
+    trainee = _Trainee(encoder, [], 40.0, config(place, "unused"), pairs)
+    rows = np.arange(20)
+    assert len(set(trainee.weight[:20].tolist())) > 1
+    found = [_held_out(trainee, trainee.loss, rows, batch) for batch in (1, 3, 20)]
+    assert found == pytest.approx([found[-1]] * 3, rel=1e-5)
 
 
 def test_files_are_those_of_the_rows(place: Path) -> None:

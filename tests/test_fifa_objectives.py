@@ -238,6 +238,14 @@ def test_ratings_with_holes_are_read(tmp_path: Path, mini: Encoder) -> None:
     ]
 
 
+def test_a_number_that_names_something_is_no_rating(tmp_path: Path, mini: Encoder) -> None:
+    ids = {"rater_id": range(4), "ID": range(4), "imageId": range(4), "ids.of.pairs": range(4)}
+    more = {name: list(values) for name, values in ids.items()}
+    path = write_ratings(tmp_path / "r.parquet", 4, **more, grid=[1.0, 2.0, 3.0, 4.0])
+    assert rating_features(path, (), mini, None).objectives == ("loud", "odd", "grid")
+    assert rating_features(path, ("rater_id",), mini, None).objectives == ("rater_id",)
+
+
 def test_ratings_come_from_csv_and_jsonl_beside_their_pictures(
     tmp_path: Path, mini: Encoder
 ) -> None:
@@ -393,6 +401,20 @@ def test_the_card_tells_of_each_objective(folder: Path) -> None:
     assert card.objectives["loud"]["ratings"] == 160
     assert card.objectives["loud"]["r2"] > 0.5 > card.objectives["odd"]["r2"]
     assert "| loud | 160 |" in (folder / "armo" / "card.md").read_text()
+
+
+def test_ratings_that_cannot_be_used_are_on_the_card_and_the_terminal(folder: Path) -> None:
+    half = [picture(i) if i % 2 else None for i in range(160)]
+    write_ratings(folder / "half.parquet", 160, jpg=half, rater_id=list(range(160)))
+    out = folder / "half"
+    command = ["reward", "fit", str(folder / "d.parquet"), "--out", str(out)]
+    command += ["--kind", "objectives", "--ratings", str(folder / "half.parquet")]
+    told = CliRunner().invoke(app, [*command, "--set", "epochs=1", "--set", "held_out=0.2"])
+    assert told.exit_code == 0, told.output
+    assert "objectives: loud, odd\n" in told.output
+    assert "  set aside, 80 ratings: there is no picture\n" in told.output
+    assert read_card(out).rejected_ratings == {"there is no picture": 80}
+    assert "80 ratings: there is no picture" in (out / "card.md").read_text()
 
 
 def test_the_commands_explain_draw_and_export(folder: Path) -> None:

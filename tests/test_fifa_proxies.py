@@ -24,6 +24,7 @@ from fifa.proxies.calibration import LEAST, agreement, calibration_error, temper
 from fifa.proxies.card import CARD, PAGE, Card, margins_of, rank_correlation, read_card
 from fifa.proxies.fit import fit, fit_heads
 from fifa.proxies.likelihood import bradley_terry, davidson, rao_kupper
+from fifa.proxies.settings import READS
 from fifa.proxies.splits import split_pairs
 from fifa.proxies.training import Recipe, descend
 from fifa.rewards import REWARDS, Reward, load_reward, score_images
@@ -514,6 +515,41 @@ def test_nothing_is_written_over_or_half(folder: Path, cards: dict[str, Card]) -
         fit(config(folder, "new", kind="objectives"))
     assert not (folder / "new").exists()
     assert not list(folder.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"kind": "lora", "learning_rate": 9.0, "members": 7}, "kind=lora does not read lear"),
+        ({"kind": "lora", "hidden": 3}, "does not read hidden; what it reads is lora, weight_d"),
+        ({"kind": "lora", "ties": "davidson"}, "ties may be half or drop"),
+        ({"rank_correlation": 0.9}, "kind=scalar does not read rank_correlation;"),
+        ({"kind": "pairwise", "objectives": ["beauty"]}, "does not read objectives;"),
+        ({"kind": "objectives", "ratings": "r.csv", "members": 2}, "does not read members;"),
+        ({"lora": {"rank": 2}}, "kind=scalar does not read lora;"),
+        ({"device": "nowhere"}, "encoder 'mini' cannot run on 'nowhere': "),
+    ],
+)
+def test_settings_that_a_kind_would_forget_are_one_sentence(
+    folder: Path, given: dict[str, Any], part: str
+) -> None:
+    base = {"pairs": folder / "d.parquet", "out": folder / "never"}
+    with pytest.raises(InputError, match=part):
+        fit(FitConfig(**{**base, **given}))
+    assert not (folder / "never").exists()
+
+
+def test_every_setting_is_read_by_some_kind_or_by_all() -> None:
+    by_all = {"pairs", "out", "encoder", "cache", "held_out", "seed", "device", "kind"}
+    by_some = {name for names in READS.values() for name in names}
+    assert by_all | by_some == set(FitConfig.model_fields)
+    assert not by_all & by_some
+
+
+def test_the_card_holds_the_settings_that_were_read(cards: dict[str, Card]) -> None:
+    found = cards["scalar"].settings
+    assert {"kind", "seed", "members", "ties"} <= found.keys()
+    assert not {"lora", "rank_correlation", "ratings", "objectives"} & found.keys()
 
 
 def test_the_command_fits_and_scores(folder: Path) -> None:

@@ -481,6 +481,11 @@ def test_pairs_that_cannot_be_scored_are_set_aside(bench: Path) -> None:
         margins_of(Broken(), pairs, 16)
 
 
+def test_a_device_that_is_not_there_is_told(bench: Path) -> None:
+    with pytest.raises(InputError, match="reward 'mini' cannot run on 'nowhere'"):
+        run(BenchConfig(bench=bench, rewards=("mini",), device="nowhere"))
+
+
 def test_a_band_that_holds_nothing_and_no_reward_are_told(bench: Path) -> None:
     with pytest.raises(InputError, match="has a difficulty in"):
         run(BenchConfig(bench=bench, rewards=("oracle",), keep=(0.41, 0.42)))
@@ -557,6 +562,7 @@ def test_scored_files_are_joined_by_id(tmp_path: Path) -> None:
 def test_two_opinions_become_two_scenarios(tmp_path: Path) -> None:
     lines = ["name,prompt,mos_quality,mos_align"]
     lines += ["a.png,cat,3,1", "b.png,cat,2,2", "c.png,cat,1,1", "d.png,dog,1,x", "e.png,dog,2,2"]
+    lines += ["f.png,dog,nan,2", "g.png,dog,2,inf"]
     (tmp_path / "data.csv").write_text("\n".join(lines))
     for seed, name in enumerate("abc"):
         (tmp_path / f"{name}.png").write_bytes(picture(seed))
@@ -570,7 +576,7 @@ def test_two_opinions_become_two_scenarios(tmp_path: Path) -> None:
         "alignment-b.png-c.png": 0,
         "quality-b.png-c.png": 0,
     }
-    assert facts["set_aside"] == {"an opinion is no number": 1}
+    assert facts["set_aside"] == {"an opinion is no number": 3}
     assert made.items[0].first == picture(0)
     found = {s.reward: s for s in run(BenchConfig(bench=tmp_path / "bench")).standings}
     assert found["given:quality"].scenarios["alignment"].value == 0.5
@@ -580,6 +586,7 @@ def test_workers_are_judges(tmp_path: Path) -> None:
     lines = ["t2i_model,item_id,source_id,worker_id,answer"]
     for worker, one, two in (("w1", 5, 1), ("w2", 4, 3), ("w3", 2, 4)):
         lines += [f"m1,t1,s1,{worker},{one}", f"m2,t1,s1,{worker},{two}"]
+        lines += [f"m1,t2,s1,{worker},nan", f"m2,t2,s1,{worker},5"]  # nan would win every time
     lines += ["m3,t1,s1,w9,3", "m3,t1,s1,w1,?"]
     (tmp_path / "tifa160-likert-anns.csv").write_text("\n".join(lines))
     (tmp_path / "tifa160-dev-anns.csv").write_text("item_id,text\ns1,a cat\n")
@@ -589,7 +596,7 @@ def test_workers_are_judges(tmp_path: Path) -> None:
     (item,) = made.items
     assert (item.prompt, item.judges, item.label, item.agreed) == ("a cat", (0, 0, 1), 0, True)
     assert (item.first, item.second) == (picture(1), None)
-    assert facts["set_aside"] == {"the answer is no number": 1, "no worker rated both pictures": 2}
+    assert facts["set_aside"] == {"the answer is no number": 4, "no worker rated both pictures": 2}
     with pytest.raises(InputError, match="a pair on which judges agree"):
         read_from("tifa", tmp_path, tmp_path / "strict", agree=3)
 

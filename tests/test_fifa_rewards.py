@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -194,5 +195,23 @@ def test_images_and_prompts_must_fit_together() -> None:
 
 
 def test_an_ensemble_needs_weights_that_mean_something() -> None:
-    with pytest.raises(InputError, match="sum to 0"):
-        WeightedSum([Brightness(), Brightness()], [1.0, -1.0])
+    with pytest.raises(InputError, match="not all 0"):
+        WeightedSum([Brightness(), Brightness()], [0.0, 0.0])
+    with pytest.raises(InputError, match="sum of its weights"):
+        RankAverage([Brightness(), Brightness()], [1.0, -1.0], torch.zeros(2, 3))
+
+
+def test_a_sum_may_be_a_difference() -> None:
+    found = load_reward("1*brightness+-1*contrast")(images(), PROMPTS)
+    expected = load_reward("brightness")(images(), PROMPTS) - load_reward("contrast")(
+        images(), PROMPTS
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_table_of_the_docs_holds_every_reward() -> None:
+    page = Path(__file__).parents[1] / "docs" / "rewards.md"
+    table = page.read_text().partition("## Use")[0].splitlines()
+    first = [line.split("|")[1] for line in table if line.startswith("| `")]
+    named = [name.partition(":")[0] for cell in first for name in re.findall("`(.+?)`", cell)]
+    assert sorted(named) == sorted(REWARDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from typer.testing import CliRunner
 
 from fifa.cli import app
 from fifa.config import InputError
-from fifa.features import PairFeatures
+from fifa.features import PairFeatures, pair_features
 from fifa.images import decode, to_batch
 from fifa.proxies import TasteConfig
+from fifa.proxies.splits import split_pairs
 from fifa.proxies.tastes import (
     Votes,
     adapt,
@@ -33,7 +35,7 @@ from fifa.proxies.tastes import (
     with_user,
 )
 from fifa.rewards import load_reward
-from fifa.rewards.tastes import FACTS, GAIN, TasteModel, TasteShape, load_tastes
+from fifa.rewards.tastes import FACTS, GAIN, TasteModel, TasteShape, load_tastes, mixture
 
 WIDTH = 6
 
@@ -180,8 +182,9 @@ def test_a_newcomer_is_placed_by_a_few_answers_and_nothing_else_moves(
     votes, _, model = fitted
     before = {name: value.clone() for name, value in model.state_dict().items()}
     nobody = torch.empty(0, dtype=torch.long)
-    prior = (GAIN * model.users).mean(0)
-    assert torch.allclose(adapt(model, votes, nobody), prior, atol=1e-6)
+    average = model.weights().double().mean(0)
+    found = adapt(model, votes, nobody).double().softmax(-1)
+    assert torch.allclose(found, average, atol=1e-6)
     person = 3
     rows = torch.from_numpy(np.flatnonzero(votes.user.numpy() == person)[:20])
     logits = adapt(model, votes, rows)
@@ -203,7 +206,7 @@ def test_adapting_finds_the_minimum(fitted: tuple[Votes, Any, TasteModel]) -> No
         weights = logits.softmax(-1).expand(5, -1)
         margins = model.compare(*votes.rows(rows), weights).double().numpy()
         signs = 2 * votes.label[rows].double().numpy() - 1
-        prior = (GAIN * model.users).mean(0)
+        prior = model.weights().mean(0).log()
         distance = float((logits - prior).square().sum())
         return float(np.log1p(np.exp(-signs * margins)).sum() + 0.05 * distance)
 
@@ -219,8 +222,25 @@ def test_people_of_few_words_are_given_the_average(fitted: tuple[Votes, Any, Tas
     train = np.sort(np.concatenate([np.flatnonzero(votes.user.numpy() != 5), silent]))
     assert average_the_few(changed, votes, train, 4) == 1
     others = [i for i in range(24) if i != 5]
-    assert torch.allclose(changed.users[5], model.users[others].mean(0))
+    average = model.weights().double()[others].mean(0)
+    assert torch.allclose(changed.weights()[5].double(), average, atol=1e-6)
+    assert torch.allclose(changed.average.double(), average, atol=1e-6)
     assert torch.equal(changed.users[others], model.users[others])
+
+
+def test_there_is_one_average_person() -> None:
+    """Three of one taste, one of the other, and one who said little: 3/4 and 1/4 by hand."""
+    model = TasteModel(TasteShape("A", WIDTH, 2, users=5, dim=4, hidden=0))
+    sides = [[0.5, -0.5]] * 3 + [[-0.5, 0.5]] + [[9.0, 0.0]]
+    model.users.data.copy_(torch.tensor(sides))
+    votes, _ = world(1, people=5, answers=8)
+    train = np.arange(36)  # four pairs of the last person
+    assert average_the_few(model.eval().requires_grad_(False), votes, train, 5) == 1
+    newcomer = adapt(model, votes, torch.empty(0, dtype=torch.long)).softmax(-1)
+    grown = with_user(model, torch.tensor([3.0, -3.0]))
+    for found in (model.average, model.weights()[4], newcomer, grown.average):
+        assert found.tolist() == pytest.approx([0.75, 0.25], abs=1e-4)
+    assert torch.equal(mixture(grown, (), "", "here"), model.average)
 
 
 # ---- from a table --------------------------------------------------------------------------------
@@ -289,6 +309,9 @@ def test_whom_nobody_knows_is_one_sentence(folder: Path, whom: str, sentence: st
 def test_a_damaged_folder_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"no readable {FACTS}"):
         load_reward(f"tastes:{tmp_path}")
+    (tmp_path / FACTS).write_text('{"version": 1}')  # of before the average was stored
+    with pytest.raises(InputError, match="fit again"):
+        load_reward(f"tastes:{tmp_path}")
 
 
 def test_the_command_line_fits_adapts_and_lists_disputes(folder: Path, table: Path) -> None:
@@ -307,15 +330,42 @@ def test_the_command_line_fits_adapts_and_lists_disputes(folder: Path, table: Pa
     told = runner.invoke(app, arguments, catch_exceptions=False)
     assert "newcomer: " in told.output
     assert load_tastes(out)[1]["users"][-1] == "newcomer"
+    images = to_batch([decode(picture(i), "here") for i in range(2)])
+    for whom in ("", "#user=user 1", "#worst"):  # nothing else moves, to the bit
+        before, after = (load_reward(f"tastes:{place}{whom}") for place in (folder, out))
+        assert torch.equal(before(images, ["a", "b"]), after(images, ["a", "b"]))
     listed = runner.invoke(
         app, ["reward", "disputes", str(folder), str(table), "--most", "3"], catch_exceptions=False
     )
     assert listed.output.count("%") >= 3
+    for wrong in (
+        ["reward", "disputes", str(folder), str(table), "--most", "-795"],
+        [*arguments, "--limit", "-1"],
+    ):
+        assert runner.invoke(app, wrong).exit_code == 2
+
+
+def test_the_card_counts_what_is_right(folder: Path, table: Path) -> None:
+    """Pair by pair, from the scores of the reward of each person and of the average one."""
+    card = json.loads((folder / "card.json").read_text())
+    model, facts, encoder = load_tastes(folder)
+    pairs = pair_features(table, encoder, table.parent / "features.sqlite")
+    rows = split_pairs(pairs, 0.2, 0, drop_ties=False).test
+    rows = rows[pairs.label[rows] != 0.5]
+    pictures = torch.tensor(pairs.pictures)
+    text = torch.tensor(pairs.texts[pairs.prompt[rows]])
+    weights = model.weights()[[facts["users"].index(pairs.users[row]) for row in rows]]
+    for name, mix in (("own", weights), ("average", model.average.expand(len(rows), -1))):
+        first, second = (
+            model.utility(pictures[side[rows]], text, mix) for side in (pairs.first, pairs.second)
+        )
+        won = (first > second).tolist()
+        count = sum(w == (pairs.label[row] == 1) for w, row in zip(won, rows, strict=True))
+        assert (card[name]["pairs"], card[name]["value"]) == (len(rows), count / len(rows))
+        assert card[name]["low"] < card[name]["value"] < card[name]["high"]
 
 
 def test_disputes_are_where_prototypes_disagree(folder: Path, table: Path) -> None:
-    from fifa.features import pair_features
-
     model, _, encoder = load_tastes(folder)
     pairs: PairFeatures = pair_features(table, encoder)
     found = disputes(model, pairs, 240)
@@ -359,6 +409,9 @@ def test_rows_without_a_person_are_left_out(table: Path, tmp_path: Path) -> None
     assert sum(card.rows.values()) == 180
     with pytest.raises(InputError, match="exists; choose another"):
         tastes(config)
+    elsewhere = {"out": tmp_path / "never", "device": "nowhere"}
+    with pytest.raises(InputError, match="encoder 'mini' cannot run on 'nowhere'"):
+        tastes(config.model_copy(update=elsewhere))
 
 
 def test_votes_number_people_by_name() -> None:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from fifa.bench import Share, share
 from fifa.config import InputError
 from fifa.features import PairFeatures
+from fifa.pairs import BadRow
 from fifa.proxies.calibration import agreement, calibration_error
-from fifa.proxies.settings import FitConfig
+from fifa.proxies.settings import FitConfig, settings_read
 from fifa.proxies.splits import Split
 from fifa.rewards.fitted import HeadProxy, Proxy
 from fifa.rewards.nuisance import NUISANCES
@@ -47,11 +49,25 @@ class Card:
     biases: dict[str, float]  # nuisance -> rank correlation of its difference with the margin
     labels: dict[str, float]  # the same with who won: what people favour
     objectives: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    rejected_ratings: dict[str, int] = field(default_factory=dict)  # kind -> rows of that table
+    settings: dict[str, Any] = field(default_factory=dict)  # that this kind of proxy reads
+
+    def set_aside(self) -> list[str]:
+        """What was not used, a line a reason: `12 rows: tie`."""
+        pairs = [
+            f"{count:,} rows: {why}" for why, count in {**self.dropped, **self.rejected}.items()
+        ]
+        rated = [f"{count:,} ratings: {why}" for why, count in self.rejected_ratings.items()]
+        return pairs + rated
 
 
 def card_of(
-    config: FitConfig, proxy: Proxy, pairs: PairFeatures, split: Split, extra: Mapping[str, Any]
+    config: FitConfig,
+    proxy: Proxy,
+    pairs: PairFeatures,
+    split: Split,
+    objectives: Mapping[str, Any],
+    rejected_ratings: Sequence[BadRow] = (),
 ) -> Card:
     """Measure a proxy on the test part of the pairs that it was fitted on."""
     rows = split.test[pairs.label[split.test] != 0.5]
@@ -59,7 +75,6 @@ def card_of(
     margin, won = margins.mean(0), pairs.label[rows] == 1
     difference = pairs.nuisances[pairs.first[rows]] - pairs.nuisances[pairs.second[rows]]
     known = [user for user in pairs.users if user]
-    reasons = [row.kind for row in pairs.rejected]
     return Card(
         kind=config.kind,
         encoder=config.encoder,
@@ -67,7 +82,7 @@ def card_of(
         data=pairs.data,
         rows={name: len(getattr(split, name)) for name in ("train", "validation", "test")},
         dropped=split.dropped,
-        rejected={kind: reasons.count(kind) for kind in sorted(set(reasons))},
+        rejected=_counted(pairs.rejected),
         users=len(set(known)),
         anonymous=len(pairs) - len(known),
         accuracy=share(agreement(margin, won), len(rows)),
@@ -76,9 +91,15 @@ def card_of(
         disagreement=float(margins.std(0).mean()),
         biases=_correlations(margin, difference),
         labels=_correlations(won - 0.5, difference),
-        objectives=dict(extra),
-        settings=config.model_dump(mode="json"),
+        objectives=dict(objectives),
+        rejected_ratings=_counted(rejected_ratings),
+        settings=settings_read(config),
     )
+
+
+def _counted(rejected: Sequence[BadRow]) -> dict[str, int]:
+    """Rows by what is wrong with them."""
+    return dict(sorted(Counter(row.kind for row in rejected).items()))
 
 
 def margins_of(
@@ -143,8 +164,7 @@ def page(card: Card) -> str:
     """The card as Markdown."""
     a = card.accuracy
     rows = ", ".join(f"{count:,} {part}" for part, count in card.rows.items())
-    gone = {**card.dropped, **card.rejected}
-    lost = ", ".join(f"{count:,} {reason}" for reason, count in gone.items()) or "none"
+    lost = "; ".join(card.set_aside()) or "none"
     lines = [
         f"# Proxy reward ({card.kind})",
         "",

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from fifa.config import InputError, atomic_path
 from fifa.features import CACHE, PairFeatures, pair_features
+from fifa.pairs import BadRow
 from fifa.proxies.calibration import temperature
 from fifa.proxies.card import Card, card_of, write_card
 from fifa.proxies.likelihood import LIKELIHOODS, Likelihood
 from fifa.proxies.lora import cosine_proxy, tune
 from fifa.proxies.objectives import fit_objectives
-from fifa.proxies.settings import FitConfig
+from fifa.proxies.settings import READS, FitConfig, unread_settings
 from fifa.proxies.splits import Split, split_pairs
 from fifa.proxies.training import descend, fresh, recipe_of
+from fifa.rewards import on_device
 from fifa.rewards.encoders import load_encoder
 from fifa.rewards.fitted import PANEL, HeadProxy, Proxy, save_proxy
 from fifa.rewards.heads import HEADS, PairHead, ScalarHead, joint
@@ -45,26 +47,45 @@ def fit(config: FitConfig, progress: Progress = lambda stage, done, total: None)
         raise InputError(f"{config.out} exists; choose another folder or delete it")
     if (config.kind == "objectives") != (config.ratings is not None):
         raise InputError("ratings and kind=objectives go together: give both or neither")
-    encoder = load_encoder(config.encoder).to(config.device)
+    config = _as_read(config)
+    encoder = on_device(load_encoder(config.encoder), config.device, "encoder", config.encoder)
     cache = config.cache or config.out.parent / CACHE
     pairs = pair_features(config.pairs, encoder, cache, progress)
     split = split_pairs(pairs, config.held_out, config.seed, config.ties == "drop")
     proxy: Proxy
-    extra: dict[str, Any] = {}
+    objectives: dict[str, Any] = {}
+    unrated: tuple[BadRow, ...] = ()
     with atomic_path(config.out) as folder:
         folder.mkdir()
         if config.kind == "objectives":
-            proxy, extra = fit_objectives(config, encoder, cache, pairs, split, progress)
+            proxy, objectives, unrated = fit_objectives(
+                config, encoder, cache, pairs, split, progress
+            )
         elif config.kind == "lora":
             encoder = tune(config, encoder, pairs, split, folder, progress)
             pairs = pair_features(config.pairs, encoder, cache, progress)
             proxy = cosine_proxy(pairs, split)
         else:
             proxy = fit_heads(config, pairs, split, progress)
-        card = card_of(config, proxy, pairs, split, extra)
+        card = card_of(config, proxy, pairs, split, objectives, unrated)
         save_proxy(proxy, encoder, folder)
         write_card(card, folder)
     return card
+
+
+def _as_read(config: FitConfig) -> FitConfig:
+    """The settings as the kind of proxy takes them; InputError for those that it would forget."""
+    unread = unread_settings(config)
+    if unread:
+        raise InputError(
+            f"kind={config.kind} does not read {', '.join(unread)}; what it reads is "
+            f"{', '.join(READS[config.kind])}"
+        )
+    if config.kind != "lora" or config.ties == "drop":
+        return config
+    if config.ties == "davidson":
+        raise InputError("kind=lora takes a tie as half a win each; ties may be half or drop")
+    return config.model_copy(update={"ties": "half"})
 
 
 def fit_heads(

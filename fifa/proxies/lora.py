@@ -6,7 +6,8 @@ with s the learned scale and c(x) the cosine of picture x and the prompt,
     P(a beats b) = exp(s c(a)) / (exp(s c(a)) + exp(s c(b))),
 
 cross-entropy against the choice, a tie counting half for each, and every prompt as one however many
-pairs it has. Nothing but the adapter and the scale is trained; norms keep their statistics.
+pairs it has; over all pairs, where the published code weighs those of one batch against each other.
+Nothing but the adapter and the scale is trained; norms keep their statistics.
 """
 
 from __future__ import annotations
@@ -94,12 +95,17 @@ class _Trainee(nn.Module):
         self.files = encoded_pictures(config.pairs, pairs.row)
         self.prompts = [pairs.prompts[i] for i in pairs.prompt.tolist()]
         self.label = torch.tensor(pairs.label)
-        self.weight = torch.tensor(1 / np.bincount(pairs.prompt)[pairs.prompt]).float()
+        weight = 1 / np.bincount(pairs.prompt)[pairs.prompt]
+        self.weight = torch.tensor(weight / weight.mean()).float()
         self.told: Callable[[int], None] = lambda rows: None
         self._seen = 0
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Mean cross-entropy of the rows' choices, each prompt weighing the same."""
+        """Cross-entropy of the rows' choices by the weight of a pair, 1 on average over the data.
+
+        Divided by the number of rows and not by their weight, so that batches add up: each prompt
+        weighs the same whatever it shares a batch with.
+        """
         if self.training:
             self._seen += len(rows)
             self.told(self._seen)
@@ -108,7 +114,7 @@ class _Trainee(nn.Module):
         margin = self.log_scale.exp() * self.margins(rows).to(label.device)
         each = F.binary_cross_entropy_with_logits(margin, label, reduction="none")
         weight = self.weight[rows].to(label.device)
-        return (each * weight).sum() / weight.sum()
+        return (each * weight).mean()
 
     def margins(self, rows: Tensor) -> Tensor:
         """Cosine of the first picture less that of the second, (B,)."""

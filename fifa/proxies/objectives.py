@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fifa.config import InputError
 from fifa.features import PairFeatures
-from fifa.pairs import held_out
+from fifa.pairs import BadRow, held_out
 from fifa.proxies.likelihood import LIKELIHOODS
 from fifa.proxies.ratings import Ratings, rating_features
 from fifa.proxies.settings import FitConfig
@@ -196,11 +196,11 @@ def fit_objectives(
     pairs: PairFeatures,
     split: Split,
     progress: Callable[[str, int, int], None],
-) -> tuple[ObjectivesProxy, dict[str, Any]]:
-    """The proxy and, for the card, what became of each objective."""
+) -> tuple[ObjectivesProxy, dict[str, Any], tuple[BadRow, ...]]:
+    """The proxy and, for the card, what became of each objective and which ratings are unusable."""
     assert config.ratings is not None
     ratings = rating_features(config.ratings, config.objectives, encoder, cache)
-    return assemble(config, pairs, split, ratings, progress)
+    return *assemble(config, pairs, split, ratings, progress), ratings.rejected
 
 
 def assemble(

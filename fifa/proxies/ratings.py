@@ -1,11 +1,13 @@
-"""Absolute ratings of single pictures: any numeric columns, any of them missing in any row.
+"""Absolute ratings of single pictures: numeric columns, any of them missing in any row.
 
 `.parquet` with the pictures in it (binary column `jpg` or `image`), or `.csv` and `.jsonl` with
 paths in the column `image`, taken from the file's own folder. The prompt is `caption` or `prompt`.
+A number that names something, such as `rater_id`, is no rating unless it is asked for.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from fifa.rewards.encoders import Encoder
 
 PROMPT_COLUMNS = ("caption", "prompt")
 PICTURE_COLUMNS = ("jpg", "image")
+_ID = re.compile(r"(?i:(?:^|[\W_])ids?(?:$|[\W_]))|[a-z]I[dD]s?$")  # id, rater_id, id_2, raterId
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _objectives(table: pa.Table, wanted: Sequence[str], path: Path) -> tuple[str, ...]:
-    """The wanted columns, or every one that holds numbers; each must hold numbers."""
+    """The wanted columns, or every one whose numbers are no ids; each must hold numbers."""
     numeric = [
         field.name
         for field in table.schema
@@ -104,9 +107,10 @@ def _objectives(table: pa.Table, wanted: Sequence[str], path: Path) -> tuple[str
     for name in wanted:
         if name not in numeric:
             raise unknown(f"objective (a numeric column of {path})", name, numeric)
-    if not numeric:
-        raise InputError(f"{path} has no numeric column, so there is nothing rated")
-    return tuple(wanted or numeric)
+    chosen = wanted or [name for name in numeric if not _ID.search(name)]
+    if not chosen:
+        raise InputError(f"{path} has no numeric column but ids, so there is nothing rated")
+    return tuple(chosen)
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -72,7 +72,7 @@ class FitConfig(HeadConfig):
         None, description="Rating table, for kind=objectives: .parquet, .csv or .jsonl."
     )
     objectives: tuple[str, ...] = Field(
-        (), description="Columns of the rating table; empty: every numeric one."
+        (), description="Columns of the rating table; empty: every numeric one but ids."
     )
     rank_correlation: float = Field(
         0.03,
@@ -81,6 +81,33 @@ class FitConfig(HeadConfig):
         description="Largest rank correlation of an objective with a nuisance after removal; "
         "1 removes nothing.",
     )
+
+
+# What each kind of proxy reads beyond the data, the encoder and the seed.
+_DESCENT = ("epochs", "patience", "learning_rate", "weight_decay", "batch_size")
+_NETWORK = (*_DESCENT, "hidden", "dropout", "ties", "smoothing")
+READS: dict[str, tuple[str, ...]] = {
+    "scalar": (*_NETWORK, "members"),
+    "pairwise": (*_NETWORK, "members"),
+    "objectives": (*_NETWORK, "ratings", "objectives", "rank_correlation"),
+    "lora": ("lora", "weight_decay", "ties", "smoothing"),
+}
+
+
+def unread_settings(config: FitConfig) -> list[str]:
+    """Settings that are not at their default although the kind of proxy never looks at them."""
+    fields = FitConfig.model_fields
+    return [name for name in _unread(config.kind) if getattr(config, name) != fields[name].default]
+
+
+def settings_read(config: FitConfig) -> dict[str, Any]:
+    """The settings that a fit depended on, as JSON holds them."""
+    return config.model_dump(mode="json", exclude=set(_unread(config.kind)))
+
+
+def _unread(kind: str) -> list[str]:
+    some = dict.fromkeys(name for names in READS.values() for name in names)
+    return [name for name in some if name not in READS[kind]]
 
 
 class TasteConfig(HeadConfig):

@@ -27,6 +27,7 @@ from fifa.features import CACHE, PairFeatures, pair_features
 from fifa.proxies.settings import TasteConfig
 from fifa.proxies.splits import Rows, split_pairs
 from fifa.proxies.training import descend, fresh, recipe_of
+from fifa.rewards import on_device
 from fifa.rewards.encoders import load_encoder
 from fifa.rewards.heads import joint
 from fifa.rewards.tastes import GAIN, TasteModel, TasteShape, load_tastes, save_tastes
@@ -53,7 +54,7 @@ class TasteCard:
     rows: dict[str, int]  # train, validation, test
     own: Share  # accuracy with each person's own mixture
     average: Share  # with the average mixture for everybody
-    shares: list[float]  # mean weight of each prototype
+    shares: list[float]  # the average mixture
     agreement: list[list[float]]  # (K, K) how often two prototypes prefer the same picture
     note: str  # what had to be given up, "" if nothing
     data: str
@@ -129,6 +130,7 @@ def fit_tastes(
     # Mixtures settle late, and only at a small rate: 1% more of them is right than at a fixed one.
     recipe = replace(recipe_of(config), anneal=True)
     found = descend(trainee, trainee.loss, train, validation, recipe, seed)
+    model.take_average()
     return model.requires_grad_(False), found.losses[found.epoch]
 
 
@@ -177,11 +179,11 @@ def _losses(model: TasteModel, votes: Votes, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def right(model: TasteModel, votes: Votes, rows: Rows, own: bool = True) -> NDArray[np.bool_]:
-    """Whether each strict pair is ordered as its person did, by their own mixture or the mean."""
+    """Whether each strict pair is ordered as its person did, by their mixture or the average."""
     some = torch.from_numpy(rows)
     weights = model.weights(votes.user[some])
     if not own:
-        weights = model.weights().mean(0).expand(len(some), -1)
+        weights = model.average.expand(len(some), -1)
     logits = model.compare(*votes.rows(some), weights)
     return ((logits > 0) == (votes.label[some] > 0.5)).numpy()
 
@@ -197,7 +199,7 @@ def tastes(config: TasteConfig, progress: Progress = _silent) -> TasteCard:
     """
     if config.out.exists():
         raise InputError(f"{config.out} exists; choose another folder or delete it")
-    encoder = load_encoder(config.encoder).to(config.device)
+    encoder = on_device(load_encoder(config.encoder), config.device, "encoder", config.encoder)
     cache = config.cache or config.out.parent / CACHE
     pairs = pair_features(config.pairs, encoder, cache, progress)
     pairs, config, note = _with_people(pairs, config)
@@ -222,7 +224,7 @@ def tastes(config: TasteConfig, progress: Progress = _silent) -> TasteCard:
         rows={"train": len(train), "validation": len(validation), "test": len(test)},
         own=_share(right(choice.model, votes, strict)),
         average=_share(right(choice.model, votes, strict, own=False)),
-        shares=choice.model.weights().mean(0).tolist(),
+        shares=choice.model.average.tolist(),
         agreement=agreement(choice.model, votes, torch.from_numpy(test)).tolist(),
         note=note,
         data=pairs.data,
@@ -246,19 +248,23 @@ def _with_people(pairs: PairFeatures, config: TasteConfig) -> tuple[PairFeatures
 
 
 def average_the_few(model: TasteModel, votes: Votes, train: Rows, least: int) -> int:
-    """Give people with fewer than `least` training pairs the mean mixture; how many they are."""
+    """Give people with fewer than `least` training pairs the average mixture; how many they are.
+
+    The average is that of the others; of all people where nobody has enough pairs.
+    """
     counts = Counter(votes.user.numpy()[train].tolist())
     few = [i for i in range(len(votes.names)) if counts[i] < least]
     others = [i for i in range(len(votes.names)) if counts[i] >= least]
     if few and others:
-        model.users.data[few] = model.users.data[others].mean(0)
+        model.take_average(torch.tensor(others))
+        model.users.data[few] = model.average_logits() / GAIN
     return len(few)
 
 
 def _share(found: NDArray[np.bool_]) -> Share:
     if not len(found):
         raise InputError("the test part holds no strict pair; give more prompts or another split")
-    return share(float(found.mean()), len(found))
+    return share(float(found.sum()), len(found))
 
 
 # ---- a new person --------------------------------------------------------------------------------
@@ -267,10 +273,10 @@ def _share(found: NDArray[np.bool_]) -> Share:
 def adapt(model: TasteModel, votes: Votes, rows: Tensor, strength: float = 0.1) -> Tensor:
     """Logits (K,) of a new person's mixture, from their votes; everything else stays as it is.
 
-    Minimises sum(cross-entropy) + strength/2 |logits - mean logits of the others|^2: without a
+    Minimises sum(cross-entropy) + strength/2 |logits - those of the average mixture|^2: without a
     vote it is the average person.
     """
-    prior = (GAIN * model.users).mean(0).double()
+    prior = model.average_logits().double()
     logits = prior.clone().requires_grad_()
     exact = _double(model)
     first, second, text = (part.double() for part in votes.rows(rows))

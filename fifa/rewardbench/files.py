@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -172,7 +173,7 @@ def agiqa(path: Path, images: Path | None) -> Found:
     groups: dict[str, list[tuple[str, dict[str, float]]]] = {}
     for number, row in enumerate(_csv(path, "data.csv", ("name", "prompt", *_OPINIONS.values()))):
         try:
-            opinions = {name: float(row[column]) for name, column in _OPINIONS.items()}
+            opinions = {name: _number(row[column]) for name, column in _OPINIONS.items()}
         except ValueError:
             yield Aside(f"row {number}", "an opinion is no number")
             continue
@@ -199,7 +200,7 @@ def tifa(path: Path, images: Path | None) -> Found:
     ratings: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for number, row in enumerate(_csv(path, "tifa160-likert-anns.csv", needed)):
         try:
-            answer = float(row["answer"])
+            answer = _number(row["answer"])
         except ValueError:
             yield Aside(f"row {number}", "the answer is no number")
             continue
@@ -223,6 +224,14 @@ def _texts(folder: Path) -> dict[str, str]:
     for file in sorted(folder.glob("*dev-anns.csv")):
         for row in _csv(file, file.name, ("item_id", "text")):
             found[row["item_id"]] = row["text"]
+    return found
+
+
+def _number(text: str) -> float:
+    """A finite number; ValueError for anything else, also for nan and inf."""
+    found = float(text)
+    if not math.isfinite(found):
+        raise ValueError(f"{text} is not finite")
     return found
 
 

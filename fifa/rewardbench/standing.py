@@ -24,7 +24,7 @@ from fifa.rewardbench.measures import (
 from fifa.rewardbench.pairwise import Margins, Pictures, Progress, margins_of, pictures_of
 from fifa.rewardbench.settings import BenchConfig
 from fifa.rewardbench.table import Bench, Item, load_bench
-from fifa.rewards import Reward, load_reward
+from fifa.rewards import Reward, load_reward, on_device
 
 GIVEN = "given:"  # before the name of a reward whose scores came with the files
 
@@ -82,19 +82,12 @@ def run(config: BenchConfig, progress: Progress = lambda stage, done, total: Non
             reasons = ", ".join(gone)
             raise InputError(f"{config.bench} has no picture that a reward could score: {reasons}")
         for name in dict.fromkeys(config.rewards):
-            reward = _loaded(name, config.device)
+            reward = on_device(load_reward(name), config.device, "reward", name)
             margins = margins_of(reward, pairs, config.batch, config.saturation, progress)
             margins.set_aside += gone
             found.append(_of_reward(name, reward, pairs, margins, name in panel))
     ranked = sorted(found, key=lambda s: -np.inf if np.isnan(s.macro) else s.macro, reverse=True)
     return Run(bench, tuple(counted), config.keep, config.saturation, tuple(ranked))
-
-
-def _loaded(name: str, device: str) -> Reward:
-    reward = load_reward(name)
-    if hasattr(reward, "to"):
-        reward.to(device)
-    return reward
 
 
 def _of_reward(

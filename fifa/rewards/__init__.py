@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 from fifa.config import InputError, unknown
 from fifa.images import Pixels, to_batch
@@ -173,6 +173,23 @@ def _imported(address: str, spec: str) -> Callable[..., object]:
     if not callable(factory):
         raise InputError(f"reward '{spec}': {module_name} has no callable '{name}'")
     return cast("Callable[..., object]", factory)
+
+
+T = TypeVar("T")
+
+
+def on_device(scorer: T, device: str, kind: str, name: str) -> T:
+    """A reward, encoder, judge or embedder with its network, if it has one, on the device.
+
+    Raises InputError, which says what `kind` of thing of which `name`, if the device is not there.
+    """
+    if hasattr(scorer, "to"):
+        try:
+            scorer.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{kind} '{name}' cannot run on '{device}': {reason}") from None
+    return scorer
 
 
 def score_images(reward: Reward, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

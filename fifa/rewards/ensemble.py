@@ -35,7 +35,10 @@ def parse_sum(spec: str) -> list[tuple[float, str]]:
 
 
 class WeightedSum:
-    """sum_m weight_m * reward_m: right when the members share a unit or the weights convert it."""
+    """sum_m weight_m * reward_m: right when the members share a unit or the weights convert it.
+
+    Weights may be negative and are not normalised: `1*mini+-1*neatness` is a difference.
+    """
 
     def __init__(self, members: Sequence[Reward], weights: Sequence[float]) -> None:
         _check(members, weights)
@@ -71,6 +74,8 @@ class RankAverage:
         self, members: Sequence[Reward], weights: Sequence[float], reference: torch.Tensor
     ) -> None:
         _check(members, weights)
+        if sum(weights) == 0:
+            raise InputError(f"RankAverage divides by the sum of its weights {list(weights)}: 0")
         if reference.ndim != 2 or len(reference) != len(members) or reference.shape[1] == 0:
             raise InputError(
                 f"RankAverage needs reference scores ({len(members)}, R), "
@@ -114,9 +119,9 @@ class RankAverage:
 
 
 def _check(members: Sequence[Reward], weights: Sequence[float]) -> None:
-    if not members or len(members) != len(weights) or sum(weights) == 0:
+    if not members or len(members) != len(weights) or not any(weights):
         raise InputError(
-            f"an ensemble needs rewards and one weight each that do not sum to 0, "
+            f"an ensemble needs rewards and one weight each that are not all 0, "
             f"got {len(members)} rewards and the weights {list(weights)}"
         )
 

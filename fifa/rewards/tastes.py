@@ -31,7 +31,7 @@ from fifa.rewards.heads import Standardise, joint, tower
 from fifa.rewards.network import fill, read_weights
 
 FACTS, TENSORS = "tastes.json", "tastes.safetensors"
-VERSION = 1  # of the folder's format
+VERSION = 2  # of the folder's format; 1 did not hold the average mixture
 GAIN = 10.0  # of the users' logits: they are to move faster than the networks, at one rate
 MOST = math.log(100.0)  # of log tau in model B, as CLIP's
 
@@ -50,7 +50,13 @@ class TasteShape:
 
 
 class TasteModel(nn.Module):
-    """Utilities of pictures to people; `weights` are rows of the simplex, (B, K)."""
+    """Utilities of pictures to people; `weights` are rows of the simplex, (B, K).
+
+    `average` (K,) is the mixture of the average person, as it was when the tastes were fitted:
+    people who come later do not move it.
+    """
+
+    average: Tensor
 
     def __init__(self, shape: TasteShape) -> None:
         super().__init__()
@@ -60,6 +66,7 @@ class TasteModel(nn.Module):
         self.input = Standardise(3 * shape.width)
         self.items = tower(3 * shape.width, shape.hidden, shape.dim, shape.dropout)
         self.users = nn.Parameter(torch.randn(shape.users, shape.tastes) * 1e-3)
+        self.register_buffer("average", torch.full((shape.tastes,), 1 / shape.tastes))
         if shape.model == "A":
             self.prototypes = nn.Parameter(torch.randn(shape.tastes, shape.dim))
             self.log_scale = nn.Parameter(torch.zeros(()))
@@ -73,6 +80,15 @@ class TasteModel(nn.Module):
         """Mixtures (B, K) of users (B,) by number; of all of them if None."""
         logits = self.users if users is None else self.users[users]
         return (GAIN * logits).softmax(-1)
+
+    @torch.no_grad()
+    def take_average(self, users: Tensor | None = None) -> None:
+        """Make the mean mixture of these users (B,), of all if None, the average person's."""
+        self.average.copy_(self.weights(users).mean(0))
+
+    def average_logits(self) -> Tensor:
+        """Logits (K,) whose softmax is the average mixture."""
+        return self.average.clamp(min=torch.finfo(self.average.dtype).tiny).log()
 
     def utility(self, picture: Tensor, text: Tensor, weights: Tensor) -> Tensor:
         """How much people with these weights (B, K) like pictures under prompts, logits (B,)."""
@@ -153,7 +169,7 @@ def mixture(model: TasteModel, users: Sequence[str], whom: str, where: str) -> T
     """
     kind, _, value = whom.partition("=")
     if whom == "":
-        return model.weights().mean(0).detach()
+        return model.average
     if whom == "worst":
         return None
     if kind == "user":

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +33,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fifa.config import InputError, atomic_path, only_writer, write_atomic
-from fifa.embed import STORE, Embedder, Vectors, cache_path, count_cut, embed, load_embedder
-from fifa.judge import CachedJudge, QualityJudge, load_judge
+from fifa.embed import STORE, Vectors, cache_path, count_cut, embed, load_embedder
+from fifa.judge import CachedJudge, load_judge
 from fifa.knn import find_neighbours
 from fifa.pairs import PairTable, distinct_prompts
-from fifa.rewards import Reward, load_reward
+from fifa.rewards import load_reward, on_device
 from fifa.scoring.groups import WIN, GroupScorer, rejected_path, shard_path, write_shard
 from fifa.scoring.processes import ALONE, Team
 from fifa.scoring.settings import TEXT_ONLY, Progress, ScoreConfig
@@ -133,10 +133,11 @@ def load_scorer(config: ScoreConfig, device: str) -> GroupScorer:
     table = open_data(config.data, config.text_only)
     reward = None
     if not config.text_only:
-        reward = _on(load_reward(config.reward, **config.reward_args), device)
+        reward = load_reward(config.reward, **config.reward_args)
+        reward = on_device(reward, device, "reward", reward.name)
     judge = load_judge(config.judge, **config.judge_args)
     if "device" not in config.judge_args:
-        judge = _on(judge, device, "judge")
+        judge = on_device(judge, device, "judge", judge.name)
     return GroupScorer(config, table, reward, CachedJudge(judge, config.out / "judge.sqlite"))
 
 
@@ -150,20 +151,6 @@ def open_data(path: Path, text_only: bool) -> PairTable | PromptList:
             f"the reward '{TEXT_ONLY}' scores the text alone"
         )
     return PairTable.open(path)
-
-
-S = TypeVar("S", Reward, QualityJudge, Embedder)
-
-
-def _on(scorer: S, device: str, kind: str = "reward") -> S:
-    """The reward, judge or embedder with its network, if it has one, on the device."""
-    if hasattr(scorer, "to"):
-        try:
-            scorer.to(device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{kind} '{scorer.name}' cannot run on '{device}': {reason}") from None
-    return scorer
 
 
 def _score_groups(
@@ -277,7 +264,8 @@ def _finish(
     embedder = load_embedder(config.embedder, **config.embedder_args)
     store = config.embedding_store or out / STORE
     told = partial(progress, "embedding prompts")
-    vectors = embed(prompts, _on(embedder, config.device, "embedder"), out, store, told)
+    embedder = on_device(embedder, config.device, "embedder", embedder.name)
+    vectors = embed(prompts, embedder, out, store, told)
     cut = count_cut(prompts, embedder)
     progress("comparing prompts", 0, len(prompts))
     diversity, found = _log_knn(vectors, config)
