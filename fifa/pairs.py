@@ -8,6 +8,7 @@ Columns named `truth_*` hold what a simulation knows and a person would not; the
 from __future__ import annotations
 
 import hashlib
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,11 +115,11 @@ def judgment_from_row(row: Mapping[str, Any], where: str) -> Judgment:
         image_a=row["jpg_0"],
         image_b=row["jpg_1"],
         outcome=outcome,
-        who=_text(row.get("user_id")),
-        when=_text(row.get("created_at")),
+        who=known(row.get("user_id")),
+        when=known(row.get("created_at")),
         where=where,
-        model_a=_text(row.get("model_0")),
-        model_b=_text(row.get("model_1")),
+        model_a=known(row.get("model_0")),
+        model_b=known(row.get("model_1")),
     )
 
 
@@ -136,7 +137,15 @@ def _is_broken(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _text(value: Any) -> str:
+def known(value: Any) -> str:
+    """A name or a time as text, empty when unknown, as NaN is; 7.0 is 7.
+
+    Integers with gaps become such floats in many a table.
+    """
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        value = int(value) if value.is_integer() else value
     return "" if value is None else str(value)
 
 
