@@ -516,12 +516,20 @@ def same_twice(draw: random.Random, row: dict[str, Any]) -> None:
     row["rejected"] = row["chosen"]
 
 
+def damaged_avif(draw: random.Random, row: dict[str, Any]) -> None:
+    """Its colours are gone, which Pillow tells as a RuntimeError."""
+    data = image(draw.randrange(99), "AVIF", side=40)
+    start = data.index(b"mdat") + 4
+    row[draw.choice(("chosen", "rejected"))] = text_of(data[:start] + bytes(len(data) - start))
+
+
 def no_record(draw: random.Random, row: dict[str, Any]) -> object:
     return draw.choice((None, 7, "text", [], [row], True))
 
 
 FAULTS: tuple[Fault, ...] = (
     cut_picture,
+    damaged_avif,
     wrong_type,
     nul_bytes,
     long_prompt,

@@ -32,7 +32,7 @@ from PIL import Image
 from pydantic import Field
 
 from fifa.config import InputError, atomic_path, only_writer, write_atomic
-from fifa.images import FORMATS, decode
+from fifa.images import DECODE_ERRORS, FORMATS, decode
 from fifa.pairs import IMAGE_COLUMNS, MAX_PROMPT, BadRow, Judgment, RowError, check_prompt
 from fifa.sources import load_source
 from fifa.sources.reading import Found, ReadOptions, set_aside, shown
@@ -393,7 +393,7 @@ def _picture_fault(data: bytes, config: ConvertConfig) -> tuple[str, str] | None
                 (width, height), kind = image.size, image.format
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return "a picture is too large", str(error)
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError) as error:
+    except DECODE_ERRORS as error:
         return "a picture cannot be decoded", str(error)
     if kind not in FORMATS:
         return "a picture is of a kind that is not read", f"{kind}, allowed are {FORMATS}"
