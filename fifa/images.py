@@ -27,7 +27,7 @@ Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 # Pillow reads more, some of it with the help of other programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,  # includes UnidentifiedImageError and truncated files
     SyntaxError,  # how Pillow reports a broken PNG chunk
     ValueError,
@@ -36,6 +36,8 @@ _DECODE_ERRORS = (
     KeyError,
     TypeError,
     struct.error,
+    RuntimeError,  # how Pillow reports a broken AVIF frame
+    MemoryError,
     Image.DecompressionBombError,
 )
 
@@ -52,7 +54,8 @@ def decode(data: bytes, where: str, max_pixels: int | None = None) -> Pixels:
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey keeps its high byte, of an
     animation the first frame counts. A picture whose header promises more than `max_pixels` is not
-    unpacked. Raises InputError that begins with `where`.
+    unpacked; grey of 32 bits, whole or floating, is refused, as what is white is not known. Raises
+    InputError that begins with `where`.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)) or len(data) == 0:
         raise InputError(f"{where}: there is no image (expected encoded bytes such as JPEG or PNG)")
@@ -62,18 +65,22 @@ def decode(data: bytes, where: str, max_pixels: int | None = None) -> Pixels:
             if max_pixels is not None and width * height > max_pixels:
                 raise ValueError(f"{width} x {height}, at most {max_pixels:,} pixels are allowed")
             image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
-    except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).split())
+            kind = image.format
+            return np.array(_to_rgb(ImageOps.exif_transpose(image), kind), dtype=np.uint8)
+    except DECODE_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "not a known image format"
         raise InputError(f"{where}: cannot decode the image ({reason})") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    # Pillow scales PGM of more than 8 bits to 0..65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):
         grey = np.asarray(image).astype(np.uint16) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("grey of 32 bits has no known white; 8 or 16 bits are read")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -8,6 +8,7 @@ Columns named `truth_*` hold what a simulation knows and a person would not; the
 from __future__ import annotations
 
 import hashlib
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,11 +115,11 @@ def judgment_from_row(row: Mapping[str, Any], where: str) -> Judgment:
         image_a=row["jpg_0"],
         image_b=row["jpg_1"],
         outcome=outcome,
-        who=_text(row.get("user_id")),
-        when=_text(row.get("created_at")),
+        who=known(row.get("user_id")),
+        when=known(row.get("created_at")),
         where=where,
-        model_a=_text(row.get("model_0")),
-        model_b=_text(row.get("model_1")),
+        model_a=known(row.get("model_0")),
+        model_b=known(row.get("model_1")),
     )
 
 
@@ -136,7 +137,15 @@ def _is_broken(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _text(value: Any) -> str:
+def known(value: Any) -> str:
+    """A name or a time as text, empty when unknown, as NaN is; 7.0 is 7.
+
+    Integers with gaps become such floats in many a table.
+    """
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        value = int(value) if value.is_integer() else value
     return "" if value is None else str(value)
 
 
@@ -256,6 +265,18 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """The schema without dictionaries and views, which differ by file or which `take` lacks."""
+    for i, field in enumerate(schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_string_view(kind):
+            kind = pa.large_string()
+        if pa.types.is_binary_view(kind):
+            kind = pa.large_binary()
+        schema = schema.set(i, field.with_type(kind))
+    return schema
+
+
 _NEEDED = {
     "caption": (_is_text, "text"),
     "jpg_0": (_is_bytes, "bytes"),
@@ -278,6 +299,7 @@ class PairTable:
     def open(cls, path: str | Path, pictures: bool = True) -> PairTable:
         """A `.parquet` file, or a folder of them taken in order of their names.
 
+        Categories and views, as pandas and polars write them, are read as the text that they are.
         Without `pictures` a `caption` is all that it needs to have. Raises InputError if there is
         none, one cannot be read, a column is missing or of the wrong type, or the files disagree
         on their columns.
@@ -288,7 +310,7 @@ class PairTable:
         start = 0
         for file in _parquet_files(path):
             footer = _footer(file)
-            own = footer.schema.to_arrow_schema()
+            own = _plain(footer.schema.to_arrow_schema())
             _check_columns(own, file, list(_NEEDED) if pictures else ["caption"])
             if schema is not None and not own.equals(schema):
                 raise InputError(f"{file}: its columns differ from those of {groups[0].path}")
@@ -394,7 +416,9 @@ class PairTable:
     def _read(self, group: RowGroup, columns: list[str] | None) -> pa.Table:
         try:
             with pq.ParquetFile(group.path) as file:
-                return file.read_row_group(group.index, columns=columns)
+                table = file.read_row_group(group.index, columns=columns)
+                plain = _plain(table.schema)
+                return table if plain.equals(table.schema) else table.cast(plain)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"cannot read {group.path}: {_one_line(error)}") from None
 
@@ -460,7 +484,9 @@ def _check_columns(schema: pa.Schema, file: Path, needed: Sequence[str]) -> None
             raise InputError(f"{file} has no column '{name}'{hint}")
         kind = schema.field(name).type
         if not fits(kind):
-            raise InputError(f"{file}: column '{name}' is {kind}, it must be {wanted}")
+            pictures = name in IMAGE_COLUMNS and pa.types.is_struct(kind)
+            way = f"; `fifa convert pickapic {file} --out FOLDER` reads those" if pictures else ""
+            raise InputError(f"{file}: column '{name}' is {kind}, it must be {wanted}{way}")
 
 
 def _stored_text(file: Path) -> Iterator[bytes]:

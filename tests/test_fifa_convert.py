@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,88 @@ def test_an_unfinished_conversion_is_not_continued_with_other_data_or_settings(
     (part / ".parts" / "state.json").write_text("{")
     with pytest.raises(InputError, match="is damaged; delete the folder"):
         run(out, path, rows_per_shard=5)
+
+
+def interrupted(out: Path, path: Path, source: str) -> None:
+    """Convert until 50 rows are read, which makes two shards of 20 and a piece of a third."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config = ConvertConfig(source=source, path=str(path), out=out, rows_per_shard=20)
+    with pytest.raises(KeyboardInterrupt):
+        convert(config, interrupt)
+
+
+def clone_of(root: Path) -> Path:
+    """A data set as a clone from the Hub holds it, its first file still missing."""
+    for n in (1, 2, 3):
+        jpg = [image(100 * n + i) for i in range(40)]
+        labels = {"label_0": [1.0] * 20, "label_1": [0.0] * 20}
+        table = {"caption": ["p"] * 20, "jpg_0": jpg[:20], "jpg_1": jpg[20:], **labels}
+        file = root / "data" / f"train-{n:05d}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(table), file)
+    return root
+
+
+def named_pairs(root: Path) -> Path:
+    """Two folders of 60 pictures with equal names."""
+    for i in range(60):
+        for side, seed in (("w", 2 * i), ("l", 2 * i + 1)):
+            (root / side).mkdir(parents=True, exist_ok=True)
+            (root / side / f"{i:02d}.png").write_bytes(image(seed))
+            (root / side / f"{i:02d}.txt").write_text("p")
+    return root
+
+
+def test_files_that_arrive_in_folders_below_the_source_are_noticed(tmp_path: Path) -> None:
+    clone, pairs = clone_of(tmp_path / "clone"), named_pairs(tmp_path / "pairs")
+    interrupted(clone / "out", clone, "pickapic")  # the table grows inside the source
+    interrupted(tmp_path / "out", pairs, "folders")
+    shutil.copy(clone / "data" / "train-00003.parquet", clone / "data" / "train-00000.parquet")
+    for side in ("w", "l"):
+        shutil.copy(pairs / side / "00.png", pairs / side / "000.png")
+    for source, path, out in (
+        ("pickapic", clone, clone / "out"),
+        ("folders", pairs, tmp_path / "out"),
+    ):
+        with pytest.raises(InputError, match="unfinished conversion of other data or settings"):
+            run(out, path, source, rows_per_shard=20)
+    (clone / "data" / "train-00000.parquet").unlink()
+    assert run(clone / "out", clone, "pickapic", rows_per_shard=20).written == 60
+
+
+@pytest.mark.parametrize("changed", [3, 55])
+def test_pictures_named_by_a_file_may_change_only_where_nothing_was_read(
+    tmp_path: Path, changed: int
+) -> None:
+    named_pairs(tmp_path / "set")
+    names = [{"chosen": f"set/w/{i:02d}.png", "rejected": f"set/l/{i:02d}.png"} for i in range(60)]
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "p", **name} for name in names])
+    interrupted(tmp_path / "out", path, "jsonl")
+    (tmp_path / "set" / "w" / f"{changed:02d}.png").write_bytes(image(1000))
+    if changed < 40:
+        with pytest.raises(InputError, match="unfinished conversion of other data or settings"):
+            run(tmp_path / "out", path, rows_per_shard=20)
+        return
+    run(tmp_path / "out", path, rows_per_shard=20)
+    run(tmp_path / "whole", path, rows_per_shard=20)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_folder_that_one_is_in_is_refused_but_not_one_named_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pairs_file(tmp_path, 3)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="is the folder that you are in"):
+        run(Path("."), path)
+    with pytest.raises(InputError, match="exists already"):
+        run(Path(".."), path)
+    run(Path("../there/../out"), path)
+    assert PairTable.open(tmp_path / "out").num_rows == 3
 
 
 def test_a_conversion_killed_before_it_could_tidy_up_is_whole(
@@ -433,12 +516,20 @@ def same_twice(draw: random.Random, row: dict[str, Any]) -> None:
     row["rejected"] = row["chosen"]
 
 
+def damaged_avif(draw: random.Random, row: dict[str, Any]) -> None:
+    """Its colours are gone, which Pillow tells as a RuntimeError."""
+    data = image(draw.randrange(99), "AVIF", side=40)
+    start = data.index(b"mdat") + 4
+    row[draw.choice(("chosen", "rejected"))] = text_of(data[:start] + bytes(len(data) - start))
+
+
 def no_record(draw: random.Random, row: dict[str, Any]) -> object:
     return draw.choice((None, 7, "text", [], [row], True))
 
 
 FAULTS: tuple[Fault, ...] = (
     cut_picture,
+    damaged_avif,
     wrong_type,
     nul_bytes,
     long_prompt,

@@ -57,6 +57,34 @@ def test_decode_shows_what_a_viewer_shows() -> None:
     assert decode(turned, "x").shape == (4, 3, 3)
 
 
+def test_deep_grey_is_as_bright_as_it_was_or_refused() -> None:
+    ramp = np.array([[0, 0x1234, 0x8001], [0xFEDC, 0xFF00, 0xFFFF]], dtype=np.uint16)
+    high = (ramp >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+    pgm = b"P5\n3 2\n65535\n" + ramp.astype(">u2").tobytes()
+    for data in (pgm, encoded(Image.fromarray(ramp), format="TIFF")):
+        assert np.array_equal(decode(data, "x"), high)
+    tenth = b"P5\n3 1\n1000\n" + np.array([0, 500, 1000], dtype=">u2").tobytes()
+    assert decode(tenth, "x")[0, :, 0].tolist() == [0, 128, 255]
+    for deep in (ramp.astype(np.int32), (ramp / 65535).astype(np.float32)):
+        with pytest.raises(InputError, match="grey of 32 bits has no known white"):
+            decode(encoded(Image.fromarray(deep), format="TIFF"), "x")
+
+
+def test_damaged_avif_is_one_sentence() -> None:
+    whole = encoded(Image.fromarray(noise(32, 32)), format="AVIF")
+    assert decode(whole, "x").shape == (32, 32, 3)
+    reasons = set()
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        try:
+            decode(bytes(damaged), "row 3")
+        except InputError as error:
+            reasons.add(str(error))
+    assert any("Failed to decode" in reason for reason in reasons)  # a RuntimeError of Pillow
+    assert all(re.fullmatch(r"row 3: cannot decode the image \(.+\)", each) for each in reasons)
+
+
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 255))
 @settings(max_examples=60, deadline=None)
 def test_damaged_bytes_decode_or_raise_one_sentence(cut: int, where: int, value: int) -> None:

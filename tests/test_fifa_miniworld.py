@@ -611,6 +611,13 @@ def test_a_killed_write_goes_on_and_a_data_set_can_grow(tmp_path: Path) -> None:
     assert first.stat().st_mtime_ns == kept
     assert rows(tmp_path)[:20] == before[:20]
     assert len(rows(tmp_path)) == 30
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for fewer in (25, 5):  # a piece of a shard less, and whole ones
+        with pytest.raises(InputError, match="choose an empty folder or remove it"):
+            write(fewer)
+    with pytest.raises(InputError, match=r"00000\.parquet holds 10 rows where 5 are asked for"):
+        write(5)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -147,6 +147,26 @@ def test_take_keeps_columns_types_metadata_and_order(tmp_path: Path) -> None:
     assert PairTable.open(out).num_rows == 4
 
 
+def test_categories_and_views_are_read_as_text(tmp_path: Path) -> None:
+    """As pandas and polars write them; the numbers of categories may differ in size by file."""
+    source = write(tmp_path / "plain.parquet")
+    expected, _ = load_pairs(tmp_path / "plain.parquet")
+    (tmp_path / "t").mkdir()
+    for name, size in (("a", pa.int8()), ("b", pa.int32())):
+        numbers = pa.array(range(10), size)
+        words = pa.DictionaryArray.from_arrays(numbers, source["caption"].combine_chunks())
+        write(tmp_path / "t" / f"{name}.parquet", caption=words, model_0=words)
+    pictures = {name: source[name].cast(pa.binary_view()) for name in ("jpg_0", "jpg_1")}
+    write(tmp_path / "v.parquet", caption=source["caption"].cast(pa.string_view()), **pictures)
+    for path, files in ((tmp_path / "t", 2), (tmp_path / "v.parquet", 1)):
+        table = PairTable.open(path)
+        assert table.captions([9, 0]) == ["prompt 0", "prompt 9"]
+        table.take(range(10 * files), tmp_path / "kept.parquet")
+        for each in (path, tmp_path / "kept.parquet"):
+            won = [(pair.prompt, pair.win, pair.lose) for pair in load_pairs(each)[0]]
+            assert won == [(pair.prompt, pair.win, pair.lose) for pair in expected] * files
+
+
 def test_take_merges_small_pieces_into_full_row_groups(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", rows=2500, rows_a_group=10)
     PairTable.open(tmp_path / "a.parquet").take(range(0, 2500, 2), tmp_path / "kept.parquet")
@@ -228,6 +248,11 @@ def test_wrong_columns_are_named(tmp_path: Path) -> None:
         PairTable.open(path)
     write(path, jpg_1=["text"] * 10)
     with pytest.raises(InputError, match="column 'jpg_1' is string, it must be bytes"):
+        PairTable.open(path)
+    write(path, jpg_1=[{"bytes": b"x", "path": "x.png"}] * 10)
+    with pytest.raises(
+        InputError, match=r"must be bytes; `fifa convert pickapic .*a\.parquet --out"
+    ):
         PairTable.open(path)
 
 

@@ -48,6 +48,16 @@ def of_another_kind(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def avif_without_its_frame() -> bytes:
+    """An AVIF whose colours cannot be decoded, which Pillow tells as a RuntimeError."""
+    buffer = io.BytesIO()
+    Image.fromarray(decode(picture(1, 40), "")).save(buffer, format="AVIF")
+    data = buffer.getvalue()
+    start = data.index(b"mdat") + 4
+    return data[:start] + bytes(len(data) - start)
+
+
+BAD_AVIF = avif_without_its_frame()
 BOMB = zip_bomb()
 POSTSCRIPT = of_another_kind("EPS")
 
@@ -58,6 +68,10 @@ POSTSCRIPT = of_another_kind("EPS")
 def cut_picture(draw: random.Random, row: Row) -> None:
     whole = draw.choice((jpeg, picture))(draw.randrange(99), 40)
     row[draw.choice(("jpg_0", "jpg_1"))] = whole[: draw.randrange(1, len(whole) - 20)]
+
+
+def damaged_avif(draw: random.Random, row: Row) -> None:
+    row[draw.choice(("jpg_0", "jpg_1"))] = BAD_AVIF
 
 
 def no_picture(draw: random.Random, row: Row) -> None:
@@ -96,6 +110,7 @@ def unlabelled(draw: random.Random, row: Row) -> None:
 
 PAIR_FAULTS: tuple[Callable[[random.Random, Row], None], ...] = (
     cut_picture,
+    damaged_avif,
     no_picture,
     bomb,
     bad_caption,

@@ -292,6 +292,23 @@ def test_imagereward_in_both_of_its_shapes(tmp_path: Path) -> None:
     assert kinds(tmp_path) == ["a ranking needs at least two pictures"]
 
 
+@pytest.mark.parametrize("nobody", [None, float("nan"), ""])
+def test_imagereward_rows_without_an_id_belong_to_their_prompts(
+    tmp_path: Path, nobody: object
+) -> None:
+    pictures = put(tmp_path, "c1.png", "d1.png", "c2.png", "d2.png")
+    parts = [
+        {"prompt_id": nobody, "prompt": prompt, "image_path": f"{prompt[0]}{n}.png", "rank": n}
+        for n in (1, 2)
+        for prompt in ("cat", "dog")
+    ]
+    rows = converted(tmp_path, "imagereward", write_json(tmp_path / "a.json", parts))
+    assert verdicts(rows, pictures) == [
+        ("cat", "c1.png", "c2.png", "a"),
+        ("dog", "d1.png", "d2.png", "a"),
+    ]
+
+
 def d3po_folder(root: Path, *feedback: object) -> dict[str, bytes]:
     write_json(root / "prompt.json", ["a hand", ["a foot"] * 7])
     for i, rows in enumerate(feedback):
@@ -382,6 +399,89 @@ def test_given_names_go_before_guesses(tmp_path: Path) -> None:
     assert verdicts(rows, pictures) == [("yes", "a.png", "b.png", "a")]
 
 
+BOTH = {"prompt": "p", "chosen": "a.png", "rejected": "b.png", "image_0": "b.png"}
+BOTH |= {"image_1": "c.png", "label": 0, "first": "c.png", "second": "d.png", "pick": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("a.png", "b.png", "a")),
+        ({"image_0": "first", "image_1": "second", "label": "pick"}, ("c.png", "d.png", "b")),
+        ({"label": "pick"}, ("b.png", "c.png", "b")),
+        ({"image_1": "second"}, ("b.png", "d.png", "a")),
+        ({"win": "second"}, ("d.png", "b.png", "a")),
+    ],
+)
+def test_a_given_name_says_what_the_others_are(
+    tmp_path: Path, given: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    pictures = put(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(BOTH))
+    write_csv(tmp_path / "pairs.csv", [list(BOTH), list(BOTH.values())])
+    for kind in ("jsonl", "csv"):
+        rows = converted(tmp_path / kind, kind, tmp_path / f"pairs.{kind}", **given)
+        assert verdicts(rows, pictures) == [("p", *expected)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_given_name_that_is_not_there_is_one_sentence(tmp_path: Path, kind: str) -> None:
+    put(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(BOTH))
+    write_csv(tmp_path / "pairs.csv", [list(BOTH), list(BOTH.values())])
+    for given, part in (
+        (
+            {"win": "god", "lose": "bad"},
+            "there is no 'god', it has prompt, chosen, rejected, image_0",
+        ),
+        ({"prompt": "promt"}, "there is no 'promt', it has prompt, "),
+        ({"label": "pik"}, "there is no 'pik', it has prompt, "),
+        ({"win": "chosen", "label": "pick"}, "give win and lose, or image_0, .* not both"),
+    ):
+        with pytest.raises(InputError, match=part):
+            converted(tmp_path / "out", kind, tmp_path / f"pairs.{kind}", **given)
+
+
+def counted_from(one: bool, labels: list[object]) -> list[list[object]]:
+    """Rows of two pictures under names that count from 0 or from 1."""
+    names = ("image1_path", "image2_path") if one else ("image_0", "image_1")
+    rows: list[list[object]] = [["prompt", *names, "preference"]]
+    return rows + [["p", "a.png", "b.png", label] for label in labels]
+
+
+def test_labels_count_from_one_where_the_names_do(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    path = write_csv(tmp_path / "p.csv", counted_from(True, [1, 2, "1.0", "image_2", 0.5, "b", 3]))
+    rows = converted(tmp_path, "csv", path)
+    assert [row.outcome for row in rows] == ["a", "b", "a", "b", "tie", "b"]
+    assert kinds(tmp_path) == ["the label is missing or wrong"]
+    write_csv(path, counted_from(True, [1, 0]))
+    with pytest.raises(
+        InputError, match=r"line 3: the label is 0, .* give image_0=image1_path and"
+    ):
+        converted(tmp_path / "again", "csv", path)
+    given = {"image_0": "image1_path", "image_1": "image2_path"}
+    rows = converted(tmp_path / "given", "csv", path, **given)
+    assert [row.outcome for row in rows] == ["b", "a"]
+    write_csv(path, counted_from(True, [1, 2]))
+    with pytest.raises(InputError, match=r"line 3: the label is 2, .* that are not given"):
+        converted(tmp_path / "mixed", "csv", path, **given)
+
+
+def test_people_are_known_by_whole_numbers_and_nobody_by_none(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    base = {"prompt": "p", "chosen": "a.png", "rejected": "b.png"}
+    users = [7, 7.0, float("nan"), None, 0, "", "7.0", 0.5]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({**base, "user_id": user}) + "\n" for user in users))
+    expected = ["7", "7", "", "", "0", "", "7.0", "0.5"]
+    assert [row.who for row in converted(tmp_path, "jsonl", path)] == expected
+    columns = pickapic_columns() | {"user_id": pa.array([7.0, float("nan"), None, 1.0, 1.0, 1.0])}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = converted(tmp_path / "parquet", "pickapic", tmp_path / "a.parquet")
+    assert [row.who for row in rows] == ["7", "", ""]
+
+
 def write_csv(path: Path, rows: list[list[object]], delimiter: str = ",") -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
@@ -412,6 +512,44 @@ def test_csv_with_quotes_and_line_breaks(tmp_path: Path, name: str, delimiter: s
         "a row has too few or too many fields",
         "the label is missing or wrong",
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt;chosen;rejected\np, q;a.png;b.png\n",
+        'prompt, chosen, rejected\n"p, q", a.png, b.png\n',
+        ' prompt ,chosen ,"rejected"\n"p, q",a.png,b.png\n',
+        "prompt\tchosen\trejected\np, q\ta.png\tb.png\n",
+    ],
+)
+def test_csv_of_other_habits(tmp_path: Path, text: str) -> None:
+    pictures = put(tmp_path, "a.png", "b.png")
+    (tmp_path / "p.csv").write_text(text)
+    rows = converted(tmp_path, "csv", tmp_path / "p.csv")
+    assert verdicts(rows, pictures) == [("p, q", "a.png", "b.png", "a")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "part"),
+    [
+        ("csv", b"promt,chosen,rejected\n", "no column is called prompt or .*it has promt, chosen"),
+        ("csv", b"prompt,good,bad\n", "pictures are not known, it has prompt, good, bad"),
+        ("csv", b"prompt,image_0,image_1\n", "no column is called label or .*it has prompt, im"),
+        ("kto", b"prompt,picture,label\n", "no column is called file_path or .*it has prompt, pi"),
+        ("csv", b"prompt,chosen,rejected\rp,a.png,b.png\r", "its lines end in CR alone"),
+        ("csv", "prompt,chosen,rejected\n".encode("utf-16"), "is UTF-16 text, it must be UTF-8"),
+        ("jsonl", '{"prompt": "p"}\n'.encode("utf-16"), "is UTF-16 text, it must be UTF-8"),
+        ("jsonl", b'{"promt": "p"}\n', "no column is called prompt or .*it has promt"),
+    ],
+)
+def test_what_the_header_lacks_is_one_sentence(
+    tmp_path: Path, kind: str, data: bytes, part: str
+) -> None:
+    (tmp_path / "p.csv").write_bytes(data)
+    with pytest.raises(InputError, match=part) as raised:
+        converted(tmp_path, kind, tmp_path / "p.csv")
+    assert "\n" not in str(raised.value)
 
 
 def test_invoke_training_metadata(tmp_path: Path) -> None:

@@ -122,11 +122,13 @@ def write_dataset(
     The rows of a shard depend on `seed`, its number and its length, not on `workers` (processes;
     with more than one, a script needs the usual `if __name__ == "__main__":`). A complete shard
     of the same settings is kept, so a killed write goes on where it stopped, and a data set can be
-    extended. `pipeline` is a local diffusers folder whose samples, of IMAGE_SIZE pixels, make
-    PIPELINE_SHARE of the images. `progress` is called with the rows done and the rows in all.
+    extended, but not cut. `pipeline` is a local diffusers folder whose samples, of IMAGE_SIZE
+    pixels, make PIPELINE_SHARE of the images. `progress` is called with the rows done and the rows
+    in all.
 
     Raises:
-        InputError: a setting makes no sense, the folder holds other files, or a write fails.
+        InputError: a setting makes no sense, the folder holds other files or more rows, or a write
+            fails.
     """
     if rows < 1 or workers < 1 or rows_per_shard < 1 or seed < 0:
         raise InputError(
@@ -185,7 +187,13 @@ def _missing(out: Path, jobs: Sequence[Job]) -> list[Job]:
                 f"{file} is not part of this data set (other settings, code or fewer rows); "
                 f"choose an empty folder or remove it"
             )
-        if state.get("rows") == job.rows:
+        rows = state.get("rows", 0)
+        if rows > job.rows:
+            raise InputError(
+                f"{file} holds {rows:,} rows where {job.rows:,} are asked for; "
+                f"choose an empty folder or remove it"
+            )
+        if rows == job.rows:
             done.add(job.shard)
     return [job for job in jobs if job.shard not in done]
 

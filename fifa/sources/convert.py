@@ -3,7 +3,8 @@
 The table grows in the hidden folder `.NAME.partial` beside the one that was asked for and gets its
 name when it is whole, so a killed conversion leaves nothing that could be taken for a table. The
 same command goes on at the first shard that is missing: it reads the source again, which is cheap,
-and neither decodes nor writes what is done. The bytes of a picture are written as they came.
+compares what is done with what it was, and neither decodes nor writes it. The bytes of a picture
+are written as they came.
 
     shard-*.parquet   the pairs, columns of Pick-a-Pic v2
     rejected.jsonl    what was set aside, one line each: row, kind, reason
@@ -30,13 +31,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import Field
 
-from fifa.config import InputError, atomic_path, fingerprint, only_writer, write_atomic
-from fifa.images import FORMATS, decode
+from fifa.config import InputError, atomic_path, only_writer, write_atomic
+from fifa.images import DECODE_ERRORS, FORMATS, decode
 from fifa.pairs import IMAGE_COLUMNS, MAX_PROMPT, BadRow, Judgment, RowError, check_prompt
 from fifa.sources import load_source
 from fifa.sources.reading import Found, ReadOptions, set_aside, shown
 
-VERSION = 1  # raised whenever the same source would give another table
+VERSION = 2  # raised whenever the same source would give another table
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all (0: not known)
 
@@ -106,9 +107,11 @@ class _Job:
     """One conversion: where it stands and what it is of."""
 
     config: ConvertConfig
-    work: Path  # the folder that becomes `config.out`
+    out: Path
+    work: Path  # the folder that becomes `out`
     settings: dict[str, Any]  # what the table depends on
     counts: Counts
+    read: str  # digest of all that was found so far
     progress: Progress
 
 
@@ -119,15 +122,19 @@ def convert(config: ConvertConfig, progress: Progress = no_progress) -> Counts:
     one row is usable, or another process is at it.
     """
     reader = load_source(config.source)
-    out, work = config.out, config.out.with_name(f".{config.out.name}.partial")
+    out = config.out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; choose another folder or delete it")
+    if out == Path.cwd():  # replaced by the table, it would be gone from under the shell
+        raise InputError(f"{out} is the folder that you are in; name another for the table")
+    work = out.with_name(f".{out.name}.partial")
     with only_writer(work, ".parts/lock", "converting into"):
         settings = _settings(config)
-        counts = _resumed(work, settings)
-        job = _Job(config, work, settings, counts, progress)
+        counts, read = _resumed(work, settings)
+        job = _Job(config, out, work, settings, counts, read, progress)
         try:
-            items = islice(reader(config.path, config), counts.found, None)
+            items = reader(config.path, config)
+            _skip(items, job)
             while _write_shard(items, job):
                 pass
             progress("converting", counts.found, counts.found)
@@ -157,35 +164,77 @@ def _settings(config: ConvertConfig) -> dict[str, Any]:
 
 
 def _stamp(path: str) -> str:
-    """Changes when a source's file, or a file that lies directly in its folder, does."""
-    if not os.path.exists(path):
-        return ""
-    inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else []
-    files = sorted(file for file in inside or [path] if os.path.isfile(file))
-    sizes = [(os.path.basename(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in files]
-    return fingerprint(json.dumps(sizes))
+    """Changes with the name, size or time of a source's file, or of one at any depth of its folder.
+
+    Hidden ones aside: none is read as a part of a folder, and the table may grow in one.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in _files(path):
+        if os.path.isfile(file):
+            found = os.stat(file)
+            name = os.path.relpath(file, path)
+            digest.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+    return digest.hexdigest()
 
 
-def _resumed(work: Path, settings: dict[str, Any]) -> Counts:
-    """The counts of the shards that are there; InputError if they are of something else."""
+def _files(path: str) -> Iterator[str]:
+    if not os.path.isdir(path):
+        yield path
+    for folder, inner, names in os.walk(path):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def _resumed(work: Path, settings: dict[str, Any]) -> tuple[Counts, str]:
+    """The counts of the shards that are there, and the digest of what they were made of.
+
+    InputError if they are of something else.
+    """
     path = work / _STATE
     if not path.exists():
-        return Counts()
+        return Counts(), ""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         same, counts = state["settings"] == settings, Counts(**state["counts"])
+        read = str(state["read"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged; delete the folder {work}") from None
     if not same:
-        raise InputError(
-            f"{work} holds an unfinished conversion of other data or settings; delete it"
-        )
-    return counts
+        raise _other(work)
+    return counts, read
+
+
+def _other(work: Path) -> InputError:
+    return InputError(f"{work} holds an unfinished conversion of other data or settings; delete it")
+
+
+def _skip(items: Iterator[Found], job: _Job) -> None:
+    """Pass over what is done; InputError if it is no longer what it was.
+
+    The stamp does not see pictures that lie elsewhere, nor the Hub.
+    """
+    read = ""
+    for item in islice(items, job.counts.found):
+        read = _chained(read, item)
+    if read != job.read:
+        raise _other(job.work)
+
+
+def _chained(before: str, item: Found) -> str:
+    """A digest of an item and, by way of theirs, of all before it."""
+    digest = hashlib.blake2b(before.encode(), digest_size=16)
+    for value in vars(item).values():
+        data = value if isinstance(value, bytes) else repr(value).encode()
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def _finish(job: _Job) -> None:
     """Join what was set aside, write the manifest, give the folder its name, then tidy up."""
-    work, out = job.work, job.config.out
+    work, out = job.work, job.out
     with atomic_path(work / REJECTED) as temporary, temporary.open("wb") as whole:
         for part in sorted((work / ".parts").glob("rejected-*.jsonl")):
             with part.open("rb") as lines:
@@ -219,7 +268,7 @@ def _write_shard(items: Iterator[Found], job: _Job) -> bool:
     if first is None:
         return False
     counts.shards += 1
-    state = {"settings": job.settings, "counts": asdict(counts)}
+    state = {"settings": job.settings, "counts": asdict(counts), "read": job.read}
     write_atomic(job.work / _STATE, json.dumps(state))
     return True
 
@@ -289,6 +338,7 @@ def _usable(items: Iterator[Found], job: _Job, rejected: IO[bytes]) -> Iterator[
     seen: _Seen = OrderedDict()
     for item in items:
         counts.found += 1
+        job.read = _chained(job.read, item)
         if counts.found % 50 == 0:
             job.progress("converting", counts.found, 0)
         bad = _fault(item, counts.found - 1, job.config, seen)
@@ -343,7 +393,7 @@ def _picture_fault(data: bytes, config: ConvertConfig) -> tuple[str, str] | None
                 (width, height), kind = image.size, image.format
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return "a picture is too large", str(error)
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError) as error:
+    except DECODE_ERRORS as error:
         return "a picture cannot be decoded", str(error)
     if kind not in FORMATS:
         return "a picture is of a kind that is not read", f"{kind}, allowed are {FORMATS}"

@@ -40,7 +40,7 @@ def imagereward(path: str, options: ReadOptions) -> Iterator[Found]:
     """ImageRewardDB JSON, file or folder: prompt, generations and ranking, or a row a picture.
 
     Rank 1 is best and equal ranks are ties. Rows of one picture each (prompt_id, prompt,
-    image_path, rank) are brought together by prompt_id.
+    image_path, rank) are brought together by prompt_id and prompt.
     """
     root = existing(path, "a JSON file of ImageRewardDB, or the folder of them")
     files = [root] if root.is_file() else sorted(root.rglob("*.json"))
@@ -124,7 +124,8 @@ def _by_prompt(file: Path) -> Iterator[tuple[str, Any] | BadRow]:
             yield value, group[0]
         else:
             joined = {name: [row.get(name) for row in group] for name in ("image_path", "rank")}
-            yield f"{file.name} prompt {shown(value)}", {**group[0], **joined}
+            name = value[1] if value[0] is None else value[0]
+            yield f"{file.name} prompt {shown(name)}", {**group[0], **joined}
 
 
 def _keyed(file: Path) -> Iterator[tuple[str, Any]]:
@@ -133,7 +134,9 @@ def _keyed(file: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(record, RowError):
             yield json.dumps(["bad", item]), asdict(set_aside(item, record))
         elif isinstance(record, dict) and isinstance(record.get("image_path"), str):
-            yield json.dumps(["part", record.get("prompt_id", record.get("prompt"))]), record
+            # The prompt as well: an id may be null in every row.
+            name = record.get("prompt_id"), record.get("prompt")
+            yield json.dumps(["part", name]), record
         else:
             yield json.dumps(["whole", where]), record
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 import os
 import re
@@ -131,9 +132,12 @@ def _from_base64(text: str) -> bytes:
 def lines(path: Path) -> Iterator[str]:
     """The lines of a text file; of one longer than MAX_RECORD its beginning.
 
-    Bytes that are no UTF-8 become lone surrogates, which no prompt may hold.
+    Bytes that are no UTF-8 become lone surrogates, which no prompt may hold. UTF-16 by its first
+    bytes is an InputError.
     """
     with _opened(path) as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise InputError(f"{path} is UTF-16 text, it must be UTF-8")
         first = True
         while line := file.readline(MAX_RECORD):
             if not line.endswith(b"\n"):

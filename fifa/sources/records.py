@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fifa.config import InputError
-from fifa.pairs import BadRow, Judgment, Outcome, RowError
+from fifa.pairs import BadRow, Judgment, Outcome, RowError, known
 from fifa.sources.reading import (
     MAX_RECORD,
     Found,
@@ -33,17 +34,16 @@ _SINGLES = ("file_path", "image", "image_path", "path", "file_name", "image_0")
 _LABELS = ("label", "preference", "choice", "winner_index")
 _LABEL_PAIRS = (("label_0", "label_1"), ("prefer_0", "prefer_1"))  # higher is better
 
-_CHOICES: dict[str, Outcome] = {
-    "0": "a",
-    "0.0": "a",
-    "1": "b",
-    "1.0": "b",
-    "0.5": "tie",
-    "a": "a",
-    "b": "b",
-    "tie": "tie",
-    "image_0": "a",
-    "image_1": "b",
+_TIES_AND_LETTERS: dict[str, Outcome] = {"0.5": "tie", "tie": "tie", "a": "a", "b": "b"}
+_FROM_ZERO: dict[str, Outcome] = {
+    **dict.fromkeys(("0", "0.0", "image_0"), "a"),
+    **dict.fromkeys(("1", "1.0", "image_1"), "b"),
+    **_TIES_AND_LETTERS,
+}
+_FROM_ONE: dict[str, Outcome] = {
+    **dict.fromkeys(("1", "1.0", "image_1"), "a"),
+    **dict.fromkeys(("2", "2.0", "image_2"), "b"),
+    **_TIES_AND_LETTERS,
 }
 _THUMBS = {
     **dict.fromkeys(("1", "1.0", "true", "up", "good", "like", "win"), True),
@@ -56,8 +56,9 @@ _THUMBS = {
 def jsonl(path: str, options: ReadOptions) -> Iterator[Found]:
     """JSON lines: prompt with chosen and rejected, or image_0, image_1 and label; paths or base64.
 
-    A label is the number of the better picture (0 or 1), or 0.5 for a tie; label_0 and label_1 are
-    Pick-a-Pic's. Names are guessed, or given by `prompt`, `win`, `lose`, `image_0`, ...
+    A label is the number of the better picture (0 or 1; 1 or 2 beside image1_path and image2_path),
+    or 0.5 for a tie; label_0 and label_1 are Pick-a-Pic's. Names are guessed, or given by `prompt`,
+    `win`, `lose`, `image_0`, ..., which go before guesses.
     """
     file = existing(path, "a file of JSON lines")
     folder = options.images or file.parent
@@ -69,7 +70,9 @@ def csv_table(path: str, options: ReadOptions) -> Iterator[Found]:
     """CSV with a header (or .tsv): the columns of `jsonl`."""
     file = existing(path, "a CSV file")
     folder = options.images or file.parent
-    for row, where, record in _csv_records(file):
+    header, records = _csv(file)
+    _columns(header, file.name, options)
+    for row, where, record in records:
         yield _judged(row, where, record, folder, options)
 
 
@@ -99,54 +102,123 @@ def _judged(row: int, where: str, record: object, folder: Path, options: ReadOpt
 def _judgment(
     record: Mapping[str, Any], where: str, folder: Path, options: ReadOptions
 ) -> Judgment:
-    prompt = _prompt(record, where, options)
-    win, lose = _name(record, options.win, _WINS), _name(record, options.lose, _LOSES)
-    if win and lose:
-        first, second = win, lose
-    else:
-        first = _name(record, options.image_0, _FIRSTS) or ""
-        second = _name(record, options.image_1, _SECONDS) or ""
-        if not first or not second:
-            detail = f", it has {shown(', '.join(map(str, record)))}"
-            raise RowError(where, "the names of the pictures are not known", detail)
+    columns = _columns(record, where, options)
     return Judgment(
-        prompt=prompt,
-        image_a=picture(record[first], folder, where),
-        image_b=picture(record[second], folder, where),
-        outcome="a" if win and lose else _outcome(record, where, options),
-        who=str(record.get("user_id") or ""),
-        when=str(record.get("created_at") or ""),
+        prompt=_prompt(record[columns.prompt], where),
+        image_a=picture(record[columns.first], folder, where),
+        image_b=picture(record[columns.second], folder, where),
+        outcome=_outcome(record, columns, where, options),
+        who=known(record.get("user_id")),
+        when=known(record.get("created_at")),
         where=where,
         model_a=str(record.get("model_0") or ""),
         model_b=str(record.get("model_1") or ""),
     )
 
 
-def _name(record: Mapping[str, Any], given: str | None, guesses: Sequence[str]) -> str | None:
-    """The name that was given, or the first guess that the record has."""
-    return next((name for name in ([given] if given else guesses) if name in record), None)
-
-
-def _prompt(record: Mapping[str, Any], where: str, options: ReadOptions) -> str:
-    name = _name(record, options.prompt, _PROMPTS)
-    prompt = record[name] if name else None
+def _prompt(prompt: object, where: str) -> str:
     if not isinstance(prompt, str):
         raise RowError(where, "the prompt is missing or no text", f", it is {shown(prompt)}")
     return prompt
 
 
-def _outcome(record: Mapping[str, Any], where: str, options: ReadOptions) -> Outcome:
-    if not options.label:
-        for first, second in _LABEL_PAIRS:
-            if first in record and second in record:
-                return outcome_of(*(_score(record[name], where) for name in (first, second)))
-    name = _name(record, options.label, _LABELS)
-    label = record[name] if name else None
-    outcome = _CHOICES.get(str(label).strip().lower()) if not isinstance(label, bool) else None
-    if outcome is None:
-        detail = f", it is {shown(label)}, allowed are {', '.join(_CHOICES)}"
-        raise RowError(where, "the label is missing or wrong", detail)
-    return outcome
+# ---- names of columns ----------------------------------------------------------------------------
+
+
+class _Columns(NamedTuple):
+    """What the columns of a pair are called."""
+
+    prompt: str
+    first: str  # picture
+    second: str
+    labels: tuple[str, ...]  # one, or two of which the higher wins; none where the first has won
+
+
+def _columns(names: Collection[str], where: str, options: ReadOptions) -> _Columns:
+    """The columns that were given or can be guessed; RowError that lists those that there are."""
+    ordered = bool(options.win or options.lose)
+    labelled = bool(options.image_0 or options.image_1 or options.label)
+    if ordered and labelled:
+        raise InputError("give win and lose, or image_0, image_1 and label, not both")
+    prompt = _needed(names, options.prompt, _PROMPTS, where, "the prompt is missing or no text")
+    win = _name(names, options.win, _WINS, where)
+    lose = _name(names, options.lose, _LOSES, where)
+    if win and lose and not labelled:
+        return _Columns(prompt, win, lose, ())
+    first = _name(names, options.image_0, _FIRSTS, where)
+    second = _name(names, options.image_1, _SECONDS, where)
+    if not first or not second or ordered:
+        detail = f", it has {_listed(names)}"
+        raise RowError(where, "the names of the pictures are not known", detail)
+    for pair in _LABEL_PAIRS:
+        if not options.label and all(name in names for name in pair):
+            return _Columns(prompt, first, second, pair)
+    label = _needed(names, options.label, _LABELS, where, "the label is missing or wrong")
+    return _Columns(prompt, first, second, (label,))
+
+
+def _name(
+    names: Collection[str], given: str | None, guesses: Sequence[str], where: str
+) -> str | None:
+    """The name that was given, which must be there, or the first guess that is."""
+    if given is not None and given not in names:
+        detail = f", there is no '{given}', it has {_listed(names)}"
+        raise RowError(where, "a column that was given is missing", detail)
+    return given or next((name for name in guesses if name in names), None)
+
+
+def _needed(
+    names: Collection[str], given: str | None, guesses: Sequence[str], where: str, kind: str
+) -> str:
+    """The name that was given or guessed; RowError of this kind if there is none."""
+    name = _name(names, given, guesses, where)
+    if name is None:
+        detail = f", no column is called {' or '.join(guesses)}, it has {_listed(names)}"
+        raise RowError(where, kind, detail)
+    return name
+
+
+def _listed(names: Collection[str]) -> str:
+    return shown(", ".join(names))
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def _outcome(
+    record: Mapping[str, Any], columns: _Columns, where: str, options: ReadOptions
+) -> Outcome:
+    values = [record[name] for name in columns.labels]
+    if not values:
+        return "a"
+    if len(values) == 2:
+        return outcome_of(*(_score(value, where) for value in values))
+    guessed = not (options.image_0 or options.image_1)
+    return _choice(values[0], columns, guessed, where)
+
+
+def _choice(label: object, columns: _Columns, guessed: bool, where: str) -> Outcome:
+    """Which picture a single label names: from 0, or from 1 where guessed names do so.
+
+    A 1 means another picture in each, so a label that only the other knows ends the conversion.
+    """
+    first, second = columns.first, columns.second
+    names_from_one = first != second and first.replace("1", "2") == second
+    choices, other = (
+        (_FROM_ONE, _FROM_ZERO) if names_from_one and guessed else (_FROM_ZERO, _FROM_ONE)
+    )
+    word = str(label).strip().lower()
+    if word in choices:
+        return choices[word]
+    if names_from_one and word in other:
+        way = (
+            f"for labels 0 and 1 give image_0={first} and image_1={second}"
+            if guessed
+            else "labels 1 and 2 need columns called image1_path and image2_path that are not given"
+        )
+        raise InputError(f"{where}: the label is {word}, allowed are {', '.join(choices)}; {way}")
+    detail = f", it is {shown(label)}, allowed are {', '.join(choices)}"
+    raise RowError(where, "the label is missing or wrong", detail)
 
 
 def _score(value: object, where: str) -> float:
@@ -162,20 +234,43 @@ def _score(value: object, where: str) -> float:
 # ---- CSV -----------------------------------------------------------------------------------------
 
 
-def _csv_records(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """(number, where, record) of each row; a RowError in place of one that is no row."""
+def _csv(file: Path) -> tuple[list[str], Iterator[tuple[int, str, Any]]]:
+    """The names of the columns and (number, where, record) of each row.
+
+    The delimiter is that which gives the header most fields; blanks around names do not count. A
+    RowError comes in place of a row that is none.
+    """
     # The limit is the module's, for pictures in base64; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))
-    table = csv.reader(lines(file), delimiter="\t" if file.suffix == ".tsv" else ",")
+    rest = lines(file)
+    first = next(rest, "")
+    if "\r" in first.rstrip("\r\n"):
+        raise InputError(f"{file}: its lines end in CR alone, they must end in LF or CR LF")
+    usual = "\t" if file.suffix == ".tsv" else ","
+    delimiter = max((usual, ",", ";", "\t"), key=lambda mark: _fields(first, mark))
+    padded = f"{delimiter} " in first
+    table = csv.reader(chain([first], rest), delimiter=delimiter, skipinitialspace=padded)
     try:
         header = next(table, None)
     except csv.Error as error:
         raise InputError(f"{file}: its header is no CSV, {error}") from None
     if not header:
         raise InputError(f"{file} has no header")
+    header = [name.strip() for name in header]
+    return header, _csv_records(file.name, header, table)
+
+
+def _fields(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter), []))
+    except csv.Error:
+        return 0
+
+
+def _csv_records(name: str, header: Sequence[str], table: Any) -> Iterator[tuple[int, str, Any]]:
     row = 0
     while True:
-        where = f"{file.name} line {table.line_num + 1}"
+        where = f"{name} line {table.line_num + 1}"
         try:
             fields = next(table)
         except StopIteration:
@@ -217,25 +312,26 @@ _BAD = "\0"  # begins the key of a row that is no vote; no prompt holds one
 
 def _votes(file: Path, options: ReadOptions) -> Iterator[tuple[str, Any]]:
     """(prompt, [row, where, path, good]) of each vote."""
-    for row, where, record in _csv_records(file):
+    header, records = _csv(file)
+    kind = "the prompt is missing or no text"
+    text = _needed(header, options.prompt, _PROMPTS, file.name, kind)
+    kind = "the names of the pictures are not known"
+    image = _needed(header, options.image_0, _SINGLES, file.name, kind)
+    label = _needed(header, options.label, _LABELS, file.name, "the label is missing or wrong")
+    for row, where, record in records:
         try:
             if isinstance(record, RowError):
                 raise record
-            prompt = _prompt(record, where, options)
+            prompt = record[text]
             if not prompt.strip() or "\0" in prompt:
                 raise RowError(where, "the prompt is empty or holds a NUL byte")
-            image = _name(record, options.image_0, _SINGLES)
-            if image is None:
-                raise RowError(where, "the names of the pictures are not known")
-            yield prompt, [row, where, record[image], _thumb(record, where, options)]
+            yield prompt, [row, where, record[image], _thumb(record[label], where)]
         except RowError as error:
             yield f"{_BAD}{row}", asdict(set_aside(row, error))
 
 
-def _thumb(record: Mapping[str, Any], where: str, options: ReadOptions) -> bool:
-    name = _name(record, options.label, _LABELS)
-    label = record[name] if name else None
-    good = _THUMBS.get(str(label).strip().lower())
+def _thumb(label: str, where: str) -> bool:
+    good = _THUMBS.get(label.strip().lower())
     if good is None:
         detail = f", it is {shown(label)}, allowed are {', '.join(_THUMBS)}"
         raise RowError(where, "the label is missing or wrong", detail)
