@@ -33,7 +33,23 @@ Eta = Annotated[
 Guidance = Annotated[
     float | None, typer.Option(help="Guidance scale, 1 is none; default as trained.", min=0)
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+
+
+def _placed(device: str) -> str:
+    """The device meant by "auto"."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        callback=_placed, help="cpu, cuda, cuda:1, mps, ...; auto: a CUDA GPU where there is one."
+    ),
+]
 
 
 @app.command()
@@ -118,7 +134,7 @@ def sample(
     steps: Steps = None,
     eta: Eta = None,
     guidance: Guidance = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Draw pictures; equal seeds mean equal noise, before and after training."""
     from d3po.families import load_family
@@ -165,22 +181,22 @@ def evaluate(
     steps: Steps = None,
     eta: Eta = None,
     guidance: Guidance = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Compare a run's policy with its reference: equal prompts, equal seeds, several judges."""
     from d3po.evaluate import evaluate_policy, sentence
+    from d3po.judging import Rewards
     from d3po.recipe import evaluation_prompts, load_run
     from fifa.images import encode_png
-    from fifa.rewards import load_reward
 
     config, policy = load_run(run, device)
-    asked = judges.split(",") if judges else None
+    asked = [name.strip() for name in judges.split(",")] if judges else None
     changes = {"prompts": prompts, "count": count, "images": images, "seed": seed, "judges": asked}
     settings = _changed(config.eval, **changes)
     texts = evaluation_prompts(config.model_copy(update={"eval": settings}))
     if not texts:
         raise InputError(f"{run} was trained without eval.prompts; give --prompts")
-    rewards = [load_reward(name) for name in settings.judges]
+    rewards = Rewards(device)(settings.judges)
     sampler = _changed(config.sampler, steps=steps, eta=eta, guidance=guidance)
     with _progress("drawing", 2 * len(texts) * settings.images) as advance:
         result, picture = evaluate_policy(settings, sampler, policy, rewards, texts, advance)
@@ -202,7 +218,7 @@ def report(
     ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts to show of each run.", min=0)] = 9,
     images: Annotated[int, typer.Option(help="Pictures of each prompt.", min=1)] = 3,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Write one HTML page about finished runs: pictures before and after, verdicts, curves."""
     from d3po.report import write_report

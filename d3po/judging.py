@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fifa.config import InputError, write_atomic
 from fifa.images import encode_png, to_uint8
-from fifa.rewards import Reward, score_images
+from fifa.rewards import Reward, load_reward, on_device, score_images
 
 Scores = NDArray[np.float64]  # (images, judges), higher is better
 Pairs = Sequence[tuple[int, int]]  # (winner, loser) of a group
@@ -55,6 +55,22 @@ class RewardJudge:
         """Scores (N, R), a column for each reward."""
         columns = [score_images(reward, images, prompts) for reward in self.rewards]
         return torch.stack(columns, 1).double().cpu().numpy()
+
+
+class Rewards:
+    """Rewards by name, on one device, each loaded once: judges of training often evaluate too."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = str(device)
+        self._loaded: dict[str, Reward] = {}
+
+    def __call__(self, names: Sequence[str]) -> list[Reward]:
+        """The rewards of these names; InputError for one that cannot be had, or not there."""
+        for name in names:
+            if name not in self._loaded:
+                reward = load_reward(name)
+                self._loaded[name] = on_device(reward, self.device, "reward", name)
+        return [self._loaded[name] for name in names]
 
 
 class Hearing:

@@ -14,7 +14,7 @@ from d3po.families import FamilyConfig, load_family
 from d3po.generate import SamplerConfig
 from d3po.health import Health, HealthConfig
 from d3po.held_out import HeldOut, label_agreement, read_pairs
-from d3po.judging import FileJudge, Judge, RewardJudge
+from d3po.judging import FileJudge, Judge, RewardJudge, Rewards
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.offline import OfflineConfig, OfflineSource
 from d3po.online import OnlineSource
@@ -28,7 +28,6 @@ from d3po.trainer import Learner, OptimConfig, fit, whole_rounds
 from d3po.updates import Source, Wants
 from fifa.config import Config, InputError, load_config, write_atomic
 from fifa.pairs import normalise_prompt
-from fifa.rewards import load_reward
 
 if TYPE_CHECKING:
     from d3po.families import Family
@@ -179,16 +178,18 @@ def train(config: TrainConfig) -> RunFolder:
         policy = Policy(family, config.policy, run.mesh)
         held_out = evaluation_prompts(config)
         health = Health(config.health, config.objective.beta)
-        source = _source(config, objective.wants, family, policy, held_out, run)
-        evaluator = _evaluator(config, family, policy, held_out, run, health)
-        watch = _held_out(config, family, policy, run, health)
+        rewards = Rewards(config.run.judge_device or run.device)
+        source = _source(config, objective.wants, family, policy, held_out, rewards, run)
+        evaluator = _evaluator(config, family, policy, held_out, rewards, run, health)
         learner = Learner.prepare(policy, objective, config.optim, run)
         run.open(config)
         _tell_what_was_skipped(source, run)
-        if config.speed.offload_encoders:
-            for part in encoders(family):
-                part.to("cpu")
         with kernels(config.speed, run.device, run.accelerator.mixed_precision):
+            # Only now: reference and policy have to be scored in one precision, by one kernel.
+            watch = _held_out(config, family, policy, run, health)
+            if config.speed.offload_encoders:
+                for part in encoders(family):
+                    part.to("cpu")
             _check_labels(config, evaluator, run, health)
             fit(learner, source, run, _all(evaluator, watch), config.eval.every, health)
         with policy.averaged():
@@ -255,6 +256,7 @@ def _source(
     family: Family,
     policy: Policy,
     held_out: Sequence[str],
+    rewards: Rewards,
     run: Run,
 ) -> Source:
     reduce = config.objective.reduce
@@ -264,7 +266,7 @@ def _source(
             config.offline, config.optim, family, policy, cache, run, reduce, wants, config.speed
         )
     assert config.online is not None  # the config's validator put it there
-    judge, names = _judge(config.online, run)
+    judge, names = _judge(config.online, rewards, run)
     prompts = _training_prompts(config.online, config.run.seed, held_out)
     return OnlineSource(
         config.online,
@@ -281,10 +283,10 @@ def _source(
     )
 
 
-def _judge(config: OnlineConfig, run: Run) -> tuple[Judge, list[str]]:
+def _judge(config: OnlineConfig, rewards: Rewards, run: Run) -> tuple[Judge, list[str]]:
     if config.labels is not None:
         return FileJudge(config.labels, run.folder.samples, config.images), ["labels"]
-    return RewardJudge([load_reward(name) for name in config.judges]), list(config.judges)
+    return RewardJudge(rewards(config.judges)), list(config.judges)
 
 
 def _evaluator(
@@ -292,13 +294,14 @@ def _evaluator(
     family: Family,
     policy: Policy,
     prompts: Sequence[str],
+    rewards: Rewards,
     run: Run,
     health: Health,
 ) -> Evaluator | None:
     if not prompts:
         return None
-    rewards = [load_reward(name) for name in config.eval.judges]
-    return Evaluator(config.eval, config.sampler, family, policy, rewards, prompts, run, health)
+    judges = rewards(config.eval.judges)
+    return Evaluator(config.eval, config.sampler, family, policy, judges, prompts, run, health)
 
 
 def _held_out(

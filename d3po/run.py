@@ -45,6 +45,10 @@ class RunConfig(Config):
         description="Arithmetic of the network's forward pass; null: as told to accelerate "
         "launch, else no.",
     )
+    judge_device: str | None = Field(
+        None,
+        description="Device that rewards score on, such as cpu; null: that of the model.",
+    )
     checkpoint_every: int = Field(
         50,
         ge=0,

@@ -146,6 +146,14 @@ def test_a_healthy_offline_run_is_left_in_peace(tmp_path: Path) -> None:
     assert last["accuracy"] > 0.5
 
 
+def test_held_out_pairs_begin_even_in_half_precision(tmp_path: Path) -> None:
+    data = smooth_and_noisy(tmp_path / "pairs.parquet", 16, "plain", 24)
+    more = ["run.mixed_precision=bf16", "optim.max_steps=1"]
+    recipe.train(recipe.load(None, offline("mini", tmp_path, data, *more)))
+    first = lines(tmp_path, "held_out")[0]
+    assert (first["accuracy"], first["margin"], first["win_ratio"]) == (0.5, 0.0, 0.0)
+
+
 def test_a_healthy_online_run_is_left_in_peace(tmp_path: Path) -> None:
     recipe.train(recipe.load(None, online("mini", tmp_path, "health={window: 4, rounds: 3}")))
     assert lines(tmp_path, "health") == []

@@ -6,7 +6,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,43 @@ def settings(tiny_sd: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Spy:
+    """A reward that says what happened to it."""
+
+    name, version, differentiable = "spy", "", False
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def to(self, device: str) -> Spy:
+        self.seen.append(device)
+        return self
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+SPIES: list[Spy] = []
+
+
+def make_spy() -> Spy:
+    SPIES.append(Spy())
+    return SPIES[-1]
+
+
+def test_a_judge_is_loaded_once_and_put_where_it_shall_score(
+    settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    sys.modules.setdefault("test_d3po_recipe", sys.modules[__name__])
+    spy = "test_d3po_recipe:make_spy"
+    judged = [f"online.judges=['{spy}']", f"eval.judges=['{spy}']", "eval.images=1"]
+    asked = [f"eval.prompts={tmp_path / 'eval.txt'}", "optim.max_steps=2", *judged]
+    for device in ("cpu", "meta"):
+        SPIES.clear()
+        recipe.train(recipe.load(None, settings(device, *asked, f"run.judge_device={device}")))
+        assert [one.seen for one in SPIES] == [[device]]
 
 
 # ---- settings -----------------------------------------------------------------------------------

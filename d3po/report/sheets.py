@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d3po.evaluate import PromptResult, measure
+from d3po.judging import Rewards
 from d3po.recipe import evaluation_prompts, load_run
 from d3po.report.record import RunRecord
 from fifa.images import Pixels, data_uri, shrink
 from fifa.report import SIDE
-from fifa.rewards import load_reward
 
 SHEET_STYLE = """
 .sheets { display: flex; flex-wrap: wrap; gap: .9rem; align-items: stretch; }
@@ -61,7 +61,7 @@ def draw(
     if not rows:
         return []
     config, policy = load_run(record.path, device)
-    rewards = [load_reward(config.eval.judges[0])]
+    rewards = Rewards(device)(config.eval.judges[:1])
     half = len(rows) * images
 
     def drawn(before: int) -> list[PromptResult]:
