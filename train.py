@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from d3po import recipe
+from d3po.cli import print_keys
 from d3po.run import ToldElsewhere
-from fifa.config import InputError, calm_libraries, describe, print_any_text, to_yaml
+from fifa.config import InputError, calm_libraries, print_any_text, to_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +55,9 @@ def failed(error: InputError | str, rank: int, say: bool) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line; recipe.FLAGS is where its flags come from."""
     described = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     described.add_argument("settings", nargs="*", metavar="config.yaml | key=value")
     described.add_argument("--dry-run", action="store_true", help="show what would be done")
@@ -75,12 +78,6 @@ def chosen(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
         if (value := getattr(arguments, flag)) is not None:
             overrides.append(override.format(value))
     return (files[0] if files else None), overrides
-
-
-def print_keys() -> None:
-    """Every setting: key, default, type, meaning."""
-    for setting in describe(recipe.TrainConfig):
-        print(f"{setting.key} = {setting.default}  ({setting.type})\n    {setting.description}")
 
 
 if __name__ == "__main__":

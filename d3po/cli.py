@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fifa.config import InputError, calm_libraries, print_any_text, write_atomic
+from fifa.config import INTERRUPTED, InputError, calm_libraries, print_any_text, write_atomic
 
 app = typer.Typer(
     help="Preference fine-tuning of diffusion models. `d3po demo` shows all of it in minutes.",
@@ -77,18 +77,34 @@ def demo(
 @app.command()
 def train(
     settings: Annotated[
-        list[str], typer.Argument(metavar="CONFIG.yaml | KEY=VALUE", help="File, then overrides.")
-    ],
-    dry_run: Annotated[bool, typer.Option(help="Show what would be done.")] = False,
+        list[str] | None,
+        typer.Argument(metavar="CONFIG.yaml | KEY=VALUE", help="File, then overrides."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every setting.")] = False,
 ) -> None:
     """Train in one process; the same command again resumes. For more: accelerate launch."""
     from d3po import recipe
     from fifa.config import to_yaml
 
+    if keys:
+        print_keys()
+        return
+    if not settings:
+        raise InputError("name a config, such as configs/mini_d3po_alignment.yaml, or key=value")
     config = recipe.load(*_file_and_overrides(settings))
     print(f"{to_yaml(config)}\n{recipe.arithmetic(config)}", flush=True)
     if not dry_run:
         recipe.train(config)
+
+
+def print_keys() -> None:
+    """Every setting of a training: key, default, type, meaning."""
+    from d3po.recipe import TrainConfig
+    from fifa.config import describe
+
+    for setting in describe(TrainConfig):
+        print(f"{setting.key} = {setting.default}  ({setting.type})\n    {setting.description}")
 
 
 @app.command()
@@ -354,6 +370,10 @@ def main() -> None:
     print_any_text()
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        raise
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -123,7 +123,7 @@ class Evaluation:
             name: dict(zip(("policy", "reference"), getattr(self, name), strict=True))
             for name in both
         }
-        return {"judges": judges, **pairs}
+        return {"prompts": self.prompts, "judges": judges, **pairs}
 
 
 def measure(

@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 from pydantic import Field
 from torch import Tensor
@@ -30,7 +29,7 @@ from d3po.objectives import (
 )
 from d3po.sampling import Reduce
 from d3po.updates import Facts, Kind, Wants
-from fifa.config import Config, InputError, unknown
+from fifa.config import Config, InputError, import_from_here, unknown
 
 KNOWN: dict[str, Objective] = {**OBJECTIVES, **REFERENCE_FREE, **UNPAIRED, **POLICY_GRADIENT}
 
@@ -209,7 +208,7 @@ def _objective(name: str) -> Objective:
     if not colon:
         raise unknown("objective", name, KNOWN, "package.module:function")
     try:
-        found: Objective = getattr(import_module(module), function)
+        found: Objective = getattr(import_from_here(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(f"objective.name: cannot import '{name}': {error}") from None
     return found

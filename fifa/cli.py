@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fifa.config import InputError, calm_libraries, print_any_text
+from fifa.config import INTERRUPTED, InputError, calm_libraries, print_any_text
 from fifa.reward_cli import reward_app
 from fifa.terminal import File, Settings, config_of, progress_shown, share_text, table
 
@@ -34,6 +34,10 @@ def main() -> None:
     print_any_text()
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        raise
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

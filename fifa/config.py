@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -238,8 +240,16 @@ def _complaint(cls: type[Config], detail: ErrorDetails, key: str, where: str) ->
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name a person most likely meant, or None; a dotted key also matches by its end."""
+    """The known name a person most likely meant, or None; a dotted key also matches by its end.
+
+    Initials count as well: `optim.lr` is optim.learning_rate.
+    """
     names = list(known)
+    for name in names:
+        part, _, last = name.rpartition(".")
+        initials = "".join(word[:1] for word in last.split("_"))
+        if len(initials) > 1 and word in (initials, f"{part}.{initials}"):
+            return name
     for shorten in (str, lambda name: name.rsplit(".", 1)[-1]):
         by_short = {shorten(name): name for name in reversed(names)}
         if close := difflib.get_close_matches(shorten(word), by_short, n=1, cutoff=0.6):
@@ -307,6 +317,16 @@ def calm_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # installed is not yet used
 
 
+def import_from_here(module: str) -> ModuleType:
+    """A module that is installed, or lies in the working directory, where `python -m` finds it too.
+
+    Raises what `import` raises.
+    """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(module)
+
+
 def print_any_text() -> None:
     """For a program's start: a sign that the output's encoding lacks is printed as a "?"."""
     for stream in (sys.stdout, sys.stderr):
@@ -323,6 +343,9 @@ def quiet_libraries() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 # ---- files --------------------------------------------------------------------------------------

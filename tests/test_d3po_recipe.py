@@ -190,6 +190,12 @@ def test_the_known_flags_win_over_the_file(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_shortened_flag_sets_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_main()(["objective={name: dpo, beta: 1}", "run.dir=x", "--lr", "100", "--dry-run"])
+    assert "unrecognized arguments: --lr" in capsys.readouterr().err
+
+
 def test_the_arithmetic_of_a_dry_run() -> None:
     config = load(
         "online={groups: 8, images: 3, steps: random, step_count: 4, inner_epochs: 2}",

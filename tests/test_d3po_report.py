@@ -27,7 +27,7 @@ from d3po.report.filtering import hidden_truth
 from d3po.report.plots import curves, running_mean, win_rates
 from d3po.report.record import read_run
 from d3po.report.sheets import Sheet, draw, html_sheets
-from d3po.report.verdicts import judge_meaning, verdict
+from d3po.report.verdicts import Verdict, judge_meaning, verdict
 from d3po.run import RunConfig
 from d3po.trainer import OptimConfig
 from fifa.config import InputError
@@ -268,6 +268,16 @@ def test_what_is_no_reward_hacking(
     judges: tuple[JudgeResult, ...], trained_on: tuple[str, ...]
 ) -> None:
     assert verdict(_evaluation(*judges), trained_on).warnings == ()
+
+
+def test_a_handful_of_prompts_decides_nothing_and_small_changes_are_seen() -> None:
+    close = _judge("neatness", 0.5333, 0.53334, 1e-5, 5e-5)
+    few = replace(_evaluation(UP, close), prompts=2)
+    assert verdict(few, ["jpeg_compressibility"]) == Verdict(
+        "2 prompts are too few to say who is better: jpeg_compressibility (-1.25 to -0.75), "
+        "neatness (0.5333 to 0.53334).",
+        (),
+    )
 
 
 def test_a_loss_by_the_judge_trained_on_and_a_collapse_are_told() -> None:

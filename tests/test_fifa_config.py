@@ -19,6 +19,7 @@ from fifa.config import (
     fingerprint,
     finite,
     load_config,
+    nearest,
     only_writer,
     take_lock,
     to_yaml,
@@ -251,6 +252,15 @@ def test_fingerprints_tell_parts_kinds_and_contents_apart(tmp_path: Path) -> Non
 
 def test_numbers_that_json_does_not_know_become_null() -> None:
     assert finite({"a": [math.nan, 1.0], "b": (math.inf,)}) == {"a": [None, 1.0], "b": [None]}
+
+
+def test_initials_are_understood() -> None:
+    known = ["optim.offload", "optim.learning_rate", "run.dir"]
+    assert [nearest(word, known) for word in ("optim.lr", "lr", "optim.of")] == [
+        "optim.learning_rate",
+        "optim.learning_rate",
+        "optim.offload",
+    ]
 
 
 def test_a_sign_that_the_output_lacks_ends_no_program() -> None:

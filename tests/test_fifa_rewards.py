@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +130,20 @@ def test_rank_average_does_not_depend_on_the_batch() -> None:
     reward = RankAverage.fitted([Brightness()], [1.0], images(50, seed=1), [""] * 50)
     batch = images()
     assert torch.equal(reward(batch, PROMPTS)[2:3], reward(batch[2:3], ["c"]))
+
+
+def test_a_reward_of_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab_of_mine.py").write_text(
+        "class Red:\n"
+        "    name, differentiable = 'red', True\n"
+        "    def __call__(self, images, prompts):\n"
+        "        return images[:, 0].mean((1, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert load_reward("lab_of_mine:Red").name == "red"
 
 
 @pytest.mark.parametrize(

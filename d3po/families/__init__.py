@@ -210,6 +210,8 @@ def _index(source: str) -> dict[str, Any]:
         index = folder / "model_index.json"
         if not index.is_file():
             raise InputError(f"{source} is no diffusers folder: it has no model_index.json")
+    elif source.startswith(("/", ".", "~")):
+        raise InputError(f"model {source}: there is no such folder")
     else:
         index = _hub_file(source, "model_index.json")
     try:

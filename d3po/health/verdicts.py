@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Z95 = NormalDist().inv_cdf(0.975)
 PLAUSIBLE = NormalDist().inv_cdf(0.95)  # for the rise of the proxy, which alone is no alarm
 ENOUGH = 20  # pairs, below which a share says nothing
+FEWEST_PROMPTS = 8  # below this a bootstrap over prompts is far too sure of itself
 
 
 def spent(alarm_rate: float, look: int, tests: int) -> float:
@@ -59,6 +60,14 @@ class Verdicts:
         }
         if not any(own["wins"] + own["losses"] for own, _ in judges.values()):
             return None  # nothing was learned yet: they are the same network
+        enough = row.get("prompts", FEWEST_PROMPTS) >= FEWEST_PROMPTS  # older runs don't say
+        found = self._judged(judges) if enough else []
+        pair = row["pixel_diversity"]
+        if None not in pair.values():  # a single picture a prompt has no distance
+            found += collapse(pair["policy"], pair["reference"], self.config.diversity)
+        return found + self._tone(row)
+
+    def _judged(self, judges: Mapping[str, tuple[Mapping[str, Any], float]]) -> list[Complaint]:
         limit = self._limit("evaluation", len(judges))
         (proxy, (result, z)), *others = judges.items()
         found = []
@@ -68,10 +77,7 @@ class Verdicts:
             lost = {name: own for name, (own, other) in others if other < -limit}
             if lost:
                 found.append(Complaint("exploited", _exploited(proxy, result, lost)))
-        pair = row["pixel_diversity"]
-        if None not in pair.values():  # a single picture a prompt has no distance
-            found += collapse(pair["policy"], pair["reference"], self.config.diversity)
-        return found + self._tone(row)
+        return found
 
     def _tone(self, row: Mapping[str, Any]) -> list[Complaint]:
         moved = [
@@ -128,7 +134,7 @@ class Verdicts:
 
 def _worse(proxy: str, result: Mapping[str, Any]) -> str:
     return (
-        f"by {proxy}, the judge trained on, the pictures are worse than before training "
+        f"by {proxy}, the first judge, the pictures are worse than before training "
         f"({result['reference']:.4g} to {result['policy']:.4g}): the preferences have the wrong "
         "sign (is higher better? which column holds the winner?), or the learning rate is so high "
         "that the network falls apart"
@@ -141,7 +147,7 @@ def _exploited(proxy: str, result: Mapping[str, Any], lost: Mapping[str, Mapping
         for name, own in lost.items()
     )
     return (
-        f"{proxy}, the judge trained on, rose from {result['reference']:.4g} to "
+        f"{proxy}, the first judge, rose from {result['reference']:.4g} to "
         f"{result['policy']:.4g} while {price}: the policy exploits {proxy} in place of painting "
         "better (over-optimisation); stop earlier, raise objective.beta, or add the other judge"
     )

@@ -14,6 +14,7 @@ import numpy as np
 from d3po.evaluate import Evaluation, JudgeResult
 from d3po.health import HealthConfig
 from d3po.health.pictures import collapse
+from d3po.health.verdicts import FEWEST_PROMPTS
 from fifa.report import html_table, html_text
 from fifa.rewards import REWARDS
 
@@ -31,18 +32,25 @@ class Verdict:
 def verdict(evaluation: Evaluation, trained_on: Sequence[str]) -> Verdict:
     """Who gained and who lost; a change counts if its 95% interval is clear of zero.
 
+    Fewer than FEWEST_PROMPTS prompts decide nothing.
+
     Where a judge that was trained on gained while another lost, the policy has learned to please
     the judge at the other's expense, and the warning says so.
     """
-    gained = [judge for judge in evaluation.judges if judge.difference_interval[0] > 0]
-    lost = [judge for judge in evaluation.judges if judge.difference_interval[1] < 0]
+    few = evaluation.prompts < FEWEST_PROMPTS
+    told = () if few else evaluation.judges
+    gained = [judge for judge in told if judge.difference_interval[0] > 0]
+    lost = [judge for judge in told if judge.difference_interval[1] < 0]
     same = [judge for judge in evaluation.judges if judge not in gained + lost]
     parts = [
         f"{word} by {', '.join(_change(judge) for judge in judges)}"
         for word, judges in (("better", gained), ("worse", lost))
         if judges
     ]
-    if same:
+    if few:
+        changes = ", ".join(_change(judge) for judge in same)
+        parts.append(f"{evaluation.prompts} prompts are too few to say who is better: {changes}")
+    elif same:
         parts.append(f"no clear difference by {', '.join(_change(judge) for judge in same)}")
     warnings = [_hacking(judge, lost) for judge in gained if judge.judge in trained_on and lost]
     warnings += [
@@ -57,8 +65,11 @@ def verdict(evaluation: Evaluation, trained_on: Sequence[str]) -> Verdict:
 
 
 def _change(judge: JudgeResult) -> str:
-    """'oracle (0.61 to 0.72)'."""
-    return f"{judge.judge} ({judge.reference:.3g} to {judge.policy:.3g})"
+    """'oracle (0.61 to 0.72)', with as many digits as tell the two apart, up to six."""
+    digits = next(
+        (n for n in (3, 4, 5) if f"{judge.reference:.{n}g}" != f"{judge.policy:.{n}g}"), 6
+    )
+    return f"{judge.judge} ({judge.reference:.{digits}g} to {judge.policy:.{digits}g})"
 
 
 def _hacking(proxy: JudgeResult, lost: Sequence[JudgeResult]) -> str:

@@ -8,7 +8,6 @@ set that has grown pays for its new prompts only. Adding one is a class and a li
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from fifa.config import InputError, atomic_path, fingerprint, unknown
+from fifa.config import InputError, atomic_path, fingerprint, import_from_here, unknown
 
 Vectors = NDArray[np.float32]  # (N, D), rows of length 1
 Told = Callable[[int, int], None]  # prompts done, prompts in all
@@ -87,7 +86,7 @@ def load_embedder(spec: str, **kwargs: Any) -> Embedder:
 def _imported(address: str, spec: str) -> Callable[..., Embedder]:
     module, _, name = address.partition(":")
     try:
-        factory: Callable[..., Embedder] = getattr(importlib.import_module(module), name)
+        factory: Callable[..., Embedder] = getattr(import_from_here(module), name)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise InputError(f"embedder '{spec}' cannot be loaded: {error}") from None
     return factory

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from fifa.config import InputError, unknown
+from fifa.config import InputError, import_from_here, unknown
 
 if TYPE_CHECKING:
     from fifa.judge.heuristic import HeuristicJudge, surprise
@@ -101,7 +101,7 @@ def load_judge(spec: str, **kwargs: Any) -> QualityJudge:
 def _imported(address: str, spec: str) -> Callable[..., QualityJudge]:
     module, _, name = address.partition(":")
     try:
-        factory: Callable[..., QualityJudge] = getattr(importlib.import_module(module), name)
+        factory: Callable[..., QualityJudge] = getattr(import_from_here(module), name)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise InputError(f"judge '{spec}' cannot be loaded: {error}") from None
     return factory

@@ -8,12 +8,11 @@ outside code plugs in as `package.module:factory` or `package.module:factory:PAT
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
-from fifa.config import InputError, unknown
+from fifa.config import InputError, import_from_here, unknown
 from fifa.images import Pixels, to_batch
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def _made(address: str, spec: str, kwargs: dict[str, Any]) -> Reward:
 def _imported(address: str, spec: str) -> Callable[..., object]:
     module_name, _, name = address.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = import_from_here(module_name)
     except ModuleNotFoundError as error:
         raise InputError(f"reward '{spec}' needs '{error.name}', which is not installed") from None
     except (ValueError, TypeError):

@@ -7,11 +7,10 @@ the pair table. Outside code plugs in as `package.module:reader`.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterator
 
-from fifa.config import InputError, unknown
+from fifa.config import InputError, import_from_here, unknown
 from fifa.sources.reading import Reader
 
 SOURCES: dict[str, str] = {
@@ -36,7 +35,7 @@ def load_source(kind: str) -> Reader:
         raise unknown("kind of source", kind, SOURCES, "package.module:reader")
     module, _, name = address.partition(":")
     try:
-        reader = getattr(importlib.import_module(module), name)
+        reader = getattr(import_from_here(module), name)
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         raise InputError(f"source '{kind}' cannot be loaded: {error}") from None
     if not callable(reader):
