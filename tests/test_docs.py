@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from fifa.rewards import load_reward, score_images
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "configs/README.md", "benchmarks/README.md"]
@@ -47,6 +50,7 @@ SMALLER = {
     r"(methods\.py online \S+)": r"\1 --rates 1e-3 2e-3 --methods d3po",
     r"(methods\.py stored)": r"\1 optim.max_steps=1 optim.micro_batch=2 sampler.steps=3 "
     "--methods dpo kto --prompts 2 --images 2",
+    r"--betas 0\.1 1 10": "--betas 0.1 1",
     r"(benchmarks/scoring\.py) --pairs \d+ --repeats \d+": r"\1 --pairs 2 --repeats 1 "
     "--model ViT-S-32-alt",
     r"(benchmarks/d3po_update\.py) --turns 2": r"\1 --turns 1 --steps 2 --images 3 --methods lora "
@@ -128,3 +132,17 @@ def test_every_command_runs(name: str, place: Path) -> None:
             check=False,
         )
         assert ended.returncode == 0, f"{command}\n{ended.stdout[-1500:]}\n{ended.stderr[-1500:]}"
+
+
+def test_the_reward_of_the_docs_is_a_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = blocks((ROOT / "docs/rewards.md").read_text(encoding="utf-8"), "python")
+    (tmp_path / "lab.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    pictures = torch.zeros(2, 3, 8, 8)
+    pictures[0] = 1  # white
+    pictures[1, 0] = 1  # red
+    scores = score_images(load_reward("lab:Redness"), pictures, ["a", "b"])
+    assert scores.tolist() == [0.0, 1.0]
