@@ -457,6 +457,8 @@ def _parquet_files(path: Path) -> list[Path]:
     if not path.exists():
         raise InputError(f"{path} does not exist (expected a .parquet file or a folder of them)")
     if path.is_file():
+        if path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".txt"):
+            raise InputError(f"{path} is no Parquet file; `fifa convert` makes a table of it")
         return [path]
     files = sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
     if not files:
@@ -481,6 +483,8 @@ def _check_columns(schema: pa.Schema, file: Path, needed: Sequence[str]) -> None
         if name not in schema.names:
             near = nearest(name, schema.names)
             hint = f"; is it '{near}'?" if near else f", it has {', '.join(schema.names)}"
+            if "log_knn" in schema.names:
+                hint = ": it holds scores; the pairs are in kept.parquet after `fifa select`"
             raise InputError(f"{file} has no column '{name}'{hint}")
         kind = schema.field(name).type
         if not fits(kind):

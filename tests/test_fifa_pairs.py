@@ -308,3 +308,12 @@ def test_held_out_is_a_stable_nested_share_of_the_prompts() -> None:
     assert all(held_out(p, 1.0, 0) for p in prompts)
     with pytest.raises(InputError, match=r"\[0, 1\]"):
         held_out("p", 1.5, 0)
+
+
+def test_what_is_no_pair_table_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"pairs\.jsonl is no Parquet file; `fifa convert` makes"):
+        PairTable.open(tmp_path / "pairs.jsonl")
+    pq.write_table(pa.table({"row": [0], "log_knn": [0.5]}), tmp_path / "scores.parquet")
+    with pytest.raises(InputError, match=r"it holds scores; the pairs are in kept\.parquet"):
+        PairTable.open(tmp_path)
