@@ -274,11 +274,13 @@ def export(
     public: Annotated[bool, typer.Option(help="What is pushed is for all to see.")] = False,
 ) -> None:
     """Write a run's weights as others load them, with a model card."""
+    from d3po.export import check_target
     from d3po.export import export as write
     from d3po.export.hub import push
     from d3po.recipe import load_run
     from d3po.run_folder import RunFolder, flatten
 
+    check_target(form, out)
     config, policy = load_run(run, live=live)
     with nullcontext() if live else policy.averaged():
         write(policy, RunFolder(run), flatten(config.model_dump()), form, out)

@@ -366,8 +366,9 @@ def evaluation_prompts(config: TrainConfig) -> list[str]:
         prompts = held_out_prompts(config.offline)
         if not prompts:
             raise InputError(
-                f"eval.prompts=heldout: none of the few prompts of {config.offline.data} is held out "
-                f"by offline.held_out_fraction={config.offline.held_out_fraction:g}; raise it"
+                f"eval.prompts=heldout: offline.held_out_fraction="
+                f"{config.offline.held_out_fraction:g} holds out none of the few prompts of "
+                f"{config.offline.data}; raise it"
             )
     else:
         prompts = read_prompts(spec, config.eval.count, config.eval.seed)

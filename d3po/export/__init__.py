@@ -31,10 +31,7 @@ def export(
     `settings` are those of the run, dotted key to value. Raises InputError for an unknown format,
     if the policy has no such thing, or if `out` is there already.
     """
-    if form not in FORMATS:
-        raise unknown("format", form, FORMATS)
-    if out.exists():
-        raise InputError(f"{out} is there already; choose another folder or remove it")
+    check_target(form, out)
     with atomic_path(out) as folder:
         folder.mkdir()
         FORMATS[form](policy, folder)
@@ -43,6 +40,14 @@ def export(
         names = {**_opening(policy, settings["model"]), "part": policy.family.denoiser_folder}
         card = model_card(settings, evaluation, LOADING[form].format(**names), picture)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_target(form: str, out: Path) -> None:
+    """What can be said before anything is loaded; InputError as `export`."""
+    if form not in FORMATS:
+        raise unknown("format", form, FORMATS)
+    if out.exists():
+        raise InputError(f"{out} is there already; choose another folder or remove it")
 
 
 def _before_after(run: RunFolder, evaluation: Mapping[str, Any] | None, folder: Path) -> str | None:
