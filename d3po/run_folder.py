@@ -267,7 +267,8 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what a killed process of this run left half-written."""
-        names = (".tmp-*-weights", ".tmp-*-config.yaml", "checkpoints/.tmp-*", "samples/.tmp-*")
+        own = ("weights", "config.yaml", "skipped.jsonl")
+        names = [*(f".tmp-*-{name}" for name in own), "checkpoints/.tmp-*", "samples/.tmp-*"]
         for name in names:
             for left in self.path.glob(name):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
