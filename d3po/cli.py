@@ -282,8 +282,8 @@ def export(
 
     check_target(form, out)
     config, policy = load_run(run, live=live)
-    with nullcontext() if live else policy.averaged():
-        write(policy, RunFolder(run), flatten(config.model_dump()), form, out)
+    folder = RunFolder(run)
+    write(policy, folder, flatten(config.model_dump()), form, out, folder.step_of_weights(live))
     print(f"{form} weights and a model card are in {out}")
     if repository is not None:
         print(f"pushed to {push(out, repository, private=not public)}")

@@ -114,7 +114,7 @@ class OfflineSource:
         self.wants = wants
         self.config, self.optim, self.family, self.policy = config, optim, family, policy
         self.cache, self.run, self.reduce = cache, run, reduce
-        self.pairs_per_update = optim.micro_batch * optim.accumulation * run.processes
+        self.pairs_per_update = optim.units(run.processes)
         self.numerics = run.first(  # one key for all, also where their devices differ
             lambda: self._numerics(speed or SpeedConfig())
         )

@@ -69,6 +69,16 @@ def build_optimizer(
     return Offloaded(parameters, build) if offload else build(parameters)
 
 
+# What each kind alone keeps for a weight.
+_MARKS: dict[str, Kind] = {"exp_avg": "adamw", "state1": "adamw_8bit", "RMS": "adafactor"}
+
+
+def kind_of(state: Iterable[str]) -> Kind | None:
+    """Whose state it is by its names, "<parameter number>.<name>"; None for an empty one."""
+    found = {_MARKS[name] for name in (key.rpartition(".")[2] for key in state) if name in _MARKS}
+    return found.pop() if found else None
+
+
 class Offloaded(torch.optim.Optimizer):
     """An optimizer that works on copies of the weights in CPU memory.
 

@@ -182,7 +182,7 @@ def train(config: TrainConfig) -> RunFolder:
         source = _source(config, objective.wants, family, policy, held_out, rewards, run)
         evaluator = _evaluator(config, family, policy, held_out, rewards, run, health)
         learner = Learner.prepare(policy, objective, config.optim, run)
-        run.open(config)
+        run.open(config, config.optim.units(run.processes))
         _tell_what_was_skipped(source, run)
         with kernels(config.speed, run.device, run.accelerator.mixed_precision):
             # Only now: reference and policy have to be scored in one precision, by one kernel.
@@ -191,9 +191,10 @@ def train(config: TrainConfig) -> RunFolder:
                 for part in encoders(family):
                     part.to("cpu")
             _check_labels(config, evaluator, run, health)
-            fit(learner, source, run, _all(evaluator, watch), config.eval.every, health)
+            every = config.eval.every
+            end = fit(learner, source, run, _all(evaluator, watch), every, health)
         with policy.averaged():
-            weights = run.save_weights(policy.saver())
+            weights = run.save_weights(policy.saver(), end.step)
         run.say(f"weights are in {weights}")
         if health.stopped is not None:
             raise InputError(f"stopped, as health.stop asks: {health.stopped.words}")
@@ -420,8 +421,8 @@ def load_run(
 ) -> tuple[TrainConfig, Policy]:
     """The settings of a run and its policy with the trained weights in place.
 
-    Takes <run>/weights, which are the averaged ones if there is an average, or the newest
-    checkpoint of a run that has not ended; with `live` always that checkpoint.
+    Takes <run>/weights, or the newest checkpoint of a run that has not ended: the averaged ones if
+    there is an average. With `live` always that checkpoint, and the weights themselves.
     """
     config, folder = run_config(path), RunFolder(path)
     policy = Policy(load_family(config.model, device=device, config=config.family), config.policy)
@@ -431,5 +432,8 @@ def load_run(
     checkpoint = folder.newest()
     if checkpoint is None:
         raise InputError(f"{path} has no checkpoint{'' if live else ' and no weights'} yet")
-    policy.load_state_dict(checkpoint.tensors("policy"))
+    state = checkpoint.tensors("policy")
+    if not live:
+        state |= {name: state[f"ema.{name}"] for name in state if f"ema.{name}" in state}
+    policy.load_state_dict(state)
     return config, policy

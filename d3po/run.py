@@ -6,6 +6,7 @@ main one alone writes (see `run_folder`) and shows (see `display`).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from d3po.display import Display
 from d3po.launch import Division, division, plain_processes
-from d3po.run_folder import Checkpoint, Progress, RunFolder, flatten
+from d3po.run_folder import STEP_FILE, Checkpoint, Progress, RunFolder, flatten
 from d3po.sharding import mesh_of
 from d3po.zero import leave
 from fifa.config import Config, InputError, atomic_path, write_atomic
@@ -106,12 +107,13 @@ class Run:
                 "without --multi_gpu; add --multi_gpu, which works on CPUs too"
             )
 
-    def open(self, settings: Config) -> None:
+    def open(self, settings: Config, units: int | None = None) -> None:
         """Claim the folder, find out where to go on, start the trackers.
 
+        `units` are the prompt groups or pairs of an update, on all processes together.
         Called when everything else is ready, so that a bad setting leaves no folder behind.
         """
-        self.start = self.first(lambda: self.folder.claim(settings, self.config.resume))
+        self.start = self.first(lambda: self.folder.claim(settings, self.config.resume, units))
         if self.config.trackers:
             self._init_trackers(settings)
 
@@ -216,12 +218,13 @@ class Run:
         keep = self.config.keep_checkpoints
         self.first(lambda: self.folder.save(progress, tensors, keep, spare))
 
-    def save_weights(self, write: Callable[[Path], object]) -> Path:
-        """Let `write` fill a folder that then becomes <run>/weights as a whole."""
+    def save_weights(self, write: Callable[[Path], object], step: int) -> Path:
+        """Let `write` fill a folder that then becomes <run>/weights as a whole, those of `step`."""
 
         def replace() -> None:
             with atomic_path(self.folder.weights) as folder:
                 write(folder)
+                (folder / STEP_FILE).write_text(json.dumps({"step": step}) + "\n")
                 if self.folder.weights.exists():
                     shutil.rmtree(self.folder.weights)
 

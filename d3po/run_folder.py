@@ -5,7 +5,7 @@
           timing.jsonl             how long it took
           samples/                 pictures
           checkpoints/step-000123/ enough to go on as if nothing had happened
-          weights/                 what was learned; always written at the end
+          weights/                 what was learned; written at the end, gone while more is
 
 Resuming is exact because of two rules. Every draw is a pure function of the seed and of its place
 in the run (see `draws`), so there is no generator state to save. And metrics.jsonl is cut back to
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ from fifa.config import Config, InputError, atomic_path, finite, take_lock, to_y
 if TYPE_CHECKING:
     import torch
 
+STEP_FILE = "step.json"  # in weights/: after how many steps they were like this
+# Factors of the units of an update: they may change where the product is known and stays.
+FACTORS = ("optim.micro_batch", "optim.accumulation")
 # What may change between a run and its resumption; anything else would make it another run.
 CHANGEABLE = (
     "optim.max_steps",
@@ -50,6 +55,7 @@ class Progress:
     skipped_in_a_row: int = 0  # steps without a finite gradient since the last good one
     reference: str = ""  # fingerprint of the weights the policy is compared with
     scaler: dict[str, float] | None = None  # loss scale of fp16
+    units: int | None = None  # groups or pairs of an update, on all processes; None: not stored
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,26 @@ class Checkpoint:
     metrics_bytes: int
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors stored under `name`, on the CPU."""
+        """The tensors stored under `name`, on the CPU; InputError if they cannot be read."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self.path / f"{name}.safetensors")
+        file = self.path / f"{name}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            older = [
+                p for p in _checkpoints_in(self.path.parent) if _step_of(p) < self.progress.step
+            ]
+            remedy = (
+                f"an older checkpoint can be gone on from, run.resume={older[-1]}"
+                if older
+                else "there is no older checkpoint beside it, train anew in another run.dir"
+            )
+            raise InputError(
+                f"the checkpoint {self.path} is damaged: {file.name} cannot be read ({error}); "
+                f"{remedy}"
+            ) from None
 
 
 class RunFolder:
@@ -79,24 +101,42 @@ class RunFolder:
         self.weights = self.path / "weights"
         self._lock: IO[str] | None = None
 
-    def claim(self, settings: Config, resume: str) -> Checkpoint | None:
+    def claim(self, settings: Config, resume: str, units: int | None = None) -> Checkpoint | None:
         """Make the folder ours and say where to go on; None starts from the beginning.
 
-        Raises InputError when the folder belongs to a run with other settings, when another process
-        is training in it, or when `resume` points at nothing. Going back to an older checkpoint of
-        the same run drops the newer ones.
+        `units` are the prompt groups or pairs of an update, on all processes together. Raises
+        InputError when the folder belongs to a run with other settings or other units, when another
+        process is training in it, or when `resume` points at nothing. Going back to an older
+        checkpoint of the same run drops the newer ones.
         """
         found = self._resume_point(resume)
-        self._check_same_run(settings)
+        own = found if found is not None and self._owns(found) else None
+        self._check_same_run(settings, own, units)
         self._take_lock()
         for folder in (self.samples, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         for folder in self._checkpoint_folders():
             if found is not None and _step_of(folder) > found.progress.step:
-                shutil.rmtree(folder)
-        self._cut_metrics(found.metrics_bytes if found is not None and self._owns(found) else 0)
+                _drop(folder)
+        _cut(self.metrics, own.metrics_bytes if own is not None else 0)
+        _cut(self.timing, _whole_lines(self.timing))
         write_atomic(self.path / "config.yaml", to_yaml(settings))
         return found
+
+    def step_of_weights(self, live: bool = False) -> int | None:
+        """The step of what `recipe.load_run` opens; None where the folder does not say."""
+        if self.weights.is_dir() and not live:
+            file = self.weights / STEP_FILE
+            text = file.read_text(encoding="utf-8") if file.is_file() else None
+            return None if text is None else int(parsed(text, file)["step"])
+        newest = self.newest()
+        return None if newest is None else newest.progress.step
+
+    def drop_weights(self) -> None:
+        """Take <run>/weights away, since training goes on: they would be older than the run."""
+        if self.weights.is_dir():
+            _drop(self.weights)
 
     def release(self) -> None:
         """Let another process train here."""
@@ -114,11 +154,11 @@ class RunFolder:
             raise InputError(f"cannot write {file}: {error.strerror}") from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far; InputError where one is damaged."""
+        """The whole lines of metrics.jsonl so far; InputError where one is damaged."""
         return _lines(self.metrics)
 
     def times(self) -> list[dict[str, Any]]:
-        """The lines of timing.jsonl so far; InputError where one is damaged."""
+        """The whole lines of timing.jsonl so far; InputError where one is damaged."""
         return _lines(self.timing)
 
     def save(
@@ -146,7 +186,7 @@ class RunFolder:
             (folder / "progress.json").write_text(json.dumps(note, indent=1) + "\n")
         for old in self._checkpoint_folders()[:-keep]:
             if _step_of(old) not in spare:
-                shutil.rmtree(old)
+                _drop(old)
         return path
 
     def steps(self) -> list[int]:
@@ -163,40 +203,75 @@ class RunFolder:
         return self.newest_of(lambda step: True)
 
     def _checkpoint_folders(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"), key=_step_of)
+        return _checkpoints_in(self.checkpoints)
 
     def _resume_point(self, resume: str) -> Checkpoint | None:
-        if resume in ("auto", "latest"):
-            return self.newest()
+        if resume in ("auto", "latest") or self._began_from(resume):
+            found = self.newest()
+            if found is None and self.weights.is_dir():
+                raise InputError(
+                    f"{self.path} holds the weights of a run but no checkpoint to go on from; "
+                    "choose another run.dir, or remove the folder"
+                )
+            return found
         found = None if resume == "never" else _read_checkpoint(Path(resume))
-        if self._checkpoint_folders() and not (found is not None and self._owns(found)):
+        begun = self._checkpoint_folders() or self.weights.is_dir()
+        if begun and not (found is not None and self._owns(found)):
             raise InputError(
                 f"{self.path} holds a run already; choose another run.dir, remove the folder, or "
                 "resume it with run.resume=auto"
             )
         return found
 
+    def _began_from(self, resume: str) -> bool:
+        """Whether the run here began from `resume`, a checkpoint of another run."""
+        before = self._saved_settings().get("run.resume")
+        if resume == "never" or before is None or not self._checkpoint_folders():
+            return False
+        given = Path(resume).resolve()
+        return given == Path(before).resolve() and given.parent != self.checkpoints.resolve()
+
     def _owns(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.path.parent.resolve() == self.checkpoints.resolve()
 
-    def _check_same_run(self, settings: Config) -> None:
+    def _saved_settings(self) -> dict[str, Any]:
+        """What config.yaml says, by dotted key; nothing without one."""
         saved = self.path / "config.yaml"
-        if not self._checkpoint_folders() or not saved.exists():
+        if not saved.exists():
+            return {}
+        import yaml
+
+        return flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+
+    def _check_same_run(self, settings: Config, own: Checkpoint | None, units: int | None) -> None:
+        before = self._saved_settings() if self._checkpoint_folders() else {}
+        if not before:
             return
         import yaml
 
-        before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        stored = None if own is None else own.progress.units
+        known = stored is not None and units is not None
+        changeable = (*CHANGEABLE, *FACTORS) if known else CHANGEABLE
         now = flatten(yaml.safe_load(to_yaml(settings)))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
+            if before.get(key) != now.get(key) and not key.startswith(changeable):
                 raise InputError(
                     f"{self.path} holds a run with {key}={before.get(key)}, not {now.get(key)}; "
                     "choose another run.dir, or keep the value to resume it"
                 )
+        if known and units != stored:
+            raise InputError(
+                f"{self.path} holds a run with optim.micro_batch x optim.accumulation x processes "
+                f"= {stored}, not {units}; choose another run.dir, or keep the product to resume it"
+            )
 
-    def _cut_metrics(self, size: int) -> None:
-        if self.metrics.exists():
-            os.truncate(self.metrics, min(size, self.metrics.stat().st_size))
+    def _sweep(self) -> None:
+        """Remove what a killed process of this run left half-written."""
+        own = ("weights", "config.yaml", "skipped.jsonl")
+        names = [*(f".tmp-*-{name}" for name in own), "checkpoints/.tmp-*", "samples/.tmp-*"]
+        for name in names:
+            for left in self.path.glob(name):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _take_lock(self) -> None:
         try:
@@ -210,8 +285,19 @@ class RunFolder:
             raise InputError(f"another process is training in {self.path}")
 
 
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoint folders in `folder`, oldest first; what has another name is not ours."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=_step_of)
+
+
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def _drop(folder: Path) -> None:
+    """Remove a folder; killed on the way, no part of it keeps the name."""
+    shutil.rmtree(folder.rename(folder.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{folder.name}")))
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
@@ -229,7 +315,18 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = path.read_bytes()[: _whole_lines(path)].decode("utf-8")
+    return [parsed(line, path) for line in whole.splitlines()]
+
+
+def _whole_lines(path: Path) -> int:
+    """How many bytes of a file are whole lines: a killed process may leave half a line."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.exists():
+        os.truncate(path, min(size, path.stat().st_size))
 
 
 def parsed(text: str, path: Path) -> dict[str, Any]:

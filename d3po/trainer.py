@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from d3po.engine import Accelerated, Engine
 from d3po.health import Health
 from d3po.losses import BoundObjective
-from d3po.optimizers import Kind, build_optimizer
+from d3po.optimizers import Kind, build_optimizer, kind_of
 from d3po.policy import Policy
 from d3po.run import Run
 from d3po.run_folder import Progress
@@ -97,6 +97,10 @@ class OptimConfig(Config):
         description="Steps in a row that may be skipped because the gradient is not finite; "
         "then the run stops.",
     )
+
+    def units(self, processes: int) -> int:
+        """Prompt groups or pairs of one step, over all processes."""
+        return self.micro_batch * self.accumulation * processes
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
@@ -257,11 +261,15 @@ def fit(
 
     `evaluate(step)` is called before the first step, after the last, and at the first end of a
     round at or past each multiple of `evaluate_every` steps (0: not in between). Where `health`
-    stops the run, the policy gets the weights of the last good checkpoint back.
+    stops the run, the policy gets the weights of the last good checkpoint back, and what is
+    returned is the progress of that checkpoint. A finished run that goes on loses its
+    <run>/weights, once the checkpoint to go on from has been read.
     """
     health = Health() if health is None else health
     progress = _resume(learner, run, health)
     total = whole_rounds(learner.config.max_steps, source.updates_per_round)
+    if progress.step < total:
+        run.first(run.folder.drop_weights)
     with run.progress(total, progress.step):
         if progress.step == 0 and evaluate is not None:
             evaluate(0)
@@ -278,7 +286,7 @@ def fit(
             ):
                 _checkpoint(learner, run, progress, health)
     if health.over():
-        _back_to_good(learner, run, health)
+        return _back_to_good(learner, run, health) or progress
     return progress
 
 
@@ -345,6 +353,7 @@ def _checkpoint(learner: Learner, run: Run, progress: Progress, health: Health) 
     note = replace(
         progress,
         reference=learner.policy.fingerprint(),
+        units=learner.config.units(run.processes),
         scaler=None if scaler is None else scaler.state_dict(),
     )
     tensors = {
@@ -354,7 +363,7 @@ def _checkpoint(learner: Learner, run: Run, progress: Progress, health: Health) 
     run.save(note, tensors, health.to_keep(run.folder.steps()))
 
 
-def _back_to_good(learner: Learner, run: Run, health: Health) -> None:
+def _back_to_good(learner: Learner, run: Run, health: Health) -> Progress | None:
     """Give the policy the weights of the newest checkpoint that a healthy window followed."""
     good = run.first(lambda: run.folder.newest_of(health.good) or run.folder.newest())
     if good is not None:
@@ -362,6 +371,7 @@ def _back_to_good(learner: Learner, run: Run, health: Health) -> None:
     run.say(
         f"the weights are those of {good.path if good else 'this step, no checkpoint is older'}"
     )
+    return None if good is None else good.progress
 
 
 def _resume(learner: Learner, run: Run, health: Health) -> Progress:
@@ -375,7 +385,14 @@ def _resume(learner: Learner, run: Run, health: Health) -> Progress:
             f"{progress.reference}, the model now is {reference}): the base model has changed since"
         )
     learner.policy.load_state_dict(run.start.tensors("policy"))
-    learner.engine(run).load(run.start.tensors("optimizer"))
+    tensors = run.start.tensors("optimizer")
+    stored, kind = kind_of(tensors), learner.config.kind
+    if stored not in (None, kind):
+        raise InputError(
+            f"{run.start.path} was trained with optim.kind={stored}, not {kind}: keep the kind to "
+            "go on from it"
+        )
+    learner.engine(run).load(tensors)
     if progress.scaler is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(progress.scaler)
     health.replay(run.first(run.folder.rows))

@@ -335,6 +335,18 @@ def test_the_card_tells_the_last_evaluation_and_shows_its_pictures(
     assert "not evaluated" in model_card(SETTINGS, None, "")
 
 
+def test_the_card_tells_of_no_evaluation_later_than_the_weights(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    evaluated(run)
+    found = {step: last_evaluation(run, step) for step in (8, 9, None)}
+    assert {step: row and row["step"] for step, row in found.items()} == {8: 0, 9: 9, None: 9}
+    export(trained(tiny_sd, "lora"), run, SETTINGS, "lora", tmp_path / "out", 8)
+    assert "At step 0," in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_base_model_that_the_hub_cannot_know_is_no_metadata(tmp_path: Path) -> None:
     for local in ("mini", str(tmp_path)):
         assert "base_model:" not in model_card({**SETTINGS, "model": local}, None, "")

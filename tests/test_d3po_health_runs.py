@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3po import recipe
+from d3po.run_folder import RunFolder
 from fifa.config import InputError
 from fifa.images import encode_png
 from fifa.miniworld import prompts as world_prompts
@@ -179,3 +180,4 @@ def test_a_stop_keeps_and_takes_the_last_good_checkpoint(tiny_sd: Path, tmp_path
     stored = load_file(tmp_path / "run" / "checkpoints" / f"step-{good:06d}" / "policy.safetensors")
     found = load_file(tmp_path / "run" / "weights" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(found[name], stored[name]) for name in found)
+    assert RunFolder(tmp_path / "run").step_of_weights() == good

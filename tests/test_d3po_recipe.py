@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from train_runs import TRAIN, environment, train_and_kill
+from typer.testing import CliRunner
 
-from d3po import recipe
+from d3po import cli, recipe
 from d3po.families import load_family
+from d3po.report.record import read_run
 from d3po.run_folder import RunFolder
 from fifa.config import InputError, describe, to_yaml
 
@@ -419,11 +421,60 @@ def test_a_run_can_be_opened_again(settings: Callable[..., list[str]], tmp_path:
     for name, value in own.items():  # what is saved is the average
         if name != "ema_updates":
             assert torch.allclose(value, average[f"ema.{name}"], atol=1e-6)
-    # a run that is not over yet gives its newest checkpoint
-    (folder.weights / WEIGHTS).unlink()
-    folder.weights.rmdir()
-    _, policy = recipe.load_run(folder.path)
+    # a run that is not over yet gives its newest checkpoint, averaged like what is saved
+    folder.drop_weights()
+    _, policy = recipe.load_run(folder.path, live=True)
     assert all(torch.equal(p, average[name]) for name, p in policy.state_dict().items())
+    _, policy = recipe.load_run(folder.path)
+    state = policy.state_dict()
+    for name in own.keys() - {"ema_updates"}:
+        assert torch.equal(state[name], average[f"ema.{name}"])
+    assert not all(torch.equal(state[name], average[name]) for name in own)
+
+
+def test_a_run_that_goes_on_is_not_taken_for_what_it_was(
+    settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Labels for two rounds: a run of one is continued, and waits before its third."""
+    labels = tmp_path / "labels.jsonl"
+    rows = [
+        {"round": round_, "group": group, "scores": [1, 0]}
+        for round_ in range(2)
+        for group in range(4)
+    ]
+    labels.write_text("\n".join(map(json.dumps, rows)))
+    more = [f"online.labels={labels}", f"eval.prompts={tmp_path / 'eval.txt'}", "eval.every=1"]
+    more += ["eval.judges=[jpeg_compressibility]", "eval.images=1"]
+    folder = recipe.train(recipe.load(None, settings("run", *more, "optim.max_steps=2")))
+    old = load_file(folder.weights / WEIGHTS)
+    with pytest.raises(InputError, match="of round 2 have no labels"):
+        recipe.train(recipe.load(None, settings("run", *more, "optim.max_steps=6")))
+    out = tmp_path / "exported"
+    command = ["export", str(folder.path), "--out", str(out)]
+    result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    new = load_file(out / WEIGHTS)
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.progress.step == 4
+    stored = list(newest.tensors("policy").values())
+    for name, value in new.items():
+        assert any(value.shape == p.shape and torch.equal(value, p) for p in stored), name
+    assert any(not torch.equal(new[name], old[name]) for name in new)
+    assert "At step 4," in (out / "README.md").read_text()
+    with pytest.raises(InputError, match="has not ended"):
+        read_run(folder.path)
+
+
+def test_other_micro_batches_of_one_product_go_on(
+    settings: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    recipe.train(recipe.load(None, settings("run", "optim.max_steps=2")))
+    others = ["optim.micro_batch=2", "optim.accumulation=1", "optim.max_steps=4"]
+    recipe.train(recipe.load(None, settings("run", *others)))
+    assert [row["round"] for row in lines(tmp_path / "run") if row["kind"] == "round"] == [0, 1]
+    with pytest.raises(InputError, match=r"accumulation x processes = 2, not 1; choose"):
+        recipe.train(recipe.load(None, settings("run", *others, "optim.micro_batch=1")))
 
 
 @pytest.mark.parametrize("content", [None, "model: x\n"])

@@ -88,12 +88,15 @@ def test_weights_are_replaced_as_a_whole(tmp_path: Path) -> None:
 
         return fill
 
-    run.save_weights(write("old"))
+    def found() -> list[str]:
+        return sorted(path.name for path in run.folder.weights.iterdir())
+
+    run.save_weights(write("old"), 1)
     with pytest.raises(ZeroDivisionError):
-        run.save_weights(write("broken", lambda: 1 / 0))
-    assert [path.name for path in run.folder.weights.iterdir()] == ["old"]
-    run.save_weights(write("new"))
-    assert [path.name for path in run.folder.weights.iterdir()] == ["new"]
+        run.save_weights(write("broken", lambda: 1 / 0), 2)
+    assert (found(), run.folder.step_of_weights()) == (["old", "step.json"], 1)
+    run.save_weights(write("new"), 2)
+    assert (found(), run.folder.step_of_weights()) == (["new", "step.json"], 2)
     run.close()
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from d3po.families import Family, load_family
 from d3po.losses import BoundObjective, ObjectiveConfig
 from d3po.objectives import dpo
+from d3po.optimizers import Kind
 from d3po.policy import Policy, PolicyConfig
 from d3po.run import Run, RunConfig
+from d3po.run_folder import RunFolder
 from d3po.trainer import Learner, OptimConfig, fit, train_step, whole_rounds
 from d3po.updates import Chunk, Round, Update
 from fifa.config import InputError
@@ -347,6 +349,50 @@ def test_another_reference_is_refused_on_resume(
     with pytest.raises(InputError, match="was trained against another reference"):
         fit(learner, Repeat(learner.policy.family), run)
     run.close()
+
+
+def test_another_kind_of_optimizer_is_refused_on_resume(tiny_sd: Path, tmp_path: Path) -> None:
+    kinds: tuple[Kind, ...] = ("adamw", "adamw_8bit", "adafactor")
+    for kind in kinds:
+        run = open_run(tmp_path / kind)
+        learner = learner_of(tiny_sd, run, max_steps=2, kind=kind)
+        fit(learner, Repeat(learner.policy.family), run)
+        run.close()
+    for kind, other in zip(kinds, (*kinds[1:], kinds[0]), strict=True):
+        start = tmp_path / kind / "checkpoints" / "step-000002"
+        run = open_run(tmp_path / f"{other} after {kind}", resume=str(start))
+        learner = learner_of(tiny_sd, run, max_steps=4, kind=other)
+        with pytest.raises(InputError, match=rf"with optim\.kind={kind}, not {other}: keep"):
+            fit(learner, Repeat(learner.policy.family), run)
+        run.close()
+
+
+def test_weights_are_gone_while_a_finished_run_goes_on(tiny_sd: Path, tmp_path: Path) -> None:
+    def more(steps: int, **options: Any) -> None:
+        run = open_run(tmp_path / "run")
+        try:
+            learner = learner_of(tiny_sd, run, max_steps=steps)
+            end = fit(learner, Repeat(learner.policy.family), run, **options)
+            run.save_weights(learner.policy.saver(), end.step)
+        finally:
+            run.close()
+
+    def interrupted(step: int) -> None:
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path / "run")
+    more(2)
+    with pytest.raises(KeyboardInterrupt):
+        more(4, evaluate=interrupted)
+    assert (folder.weights.exists(), folder.step_of_weights()) == (False, 2)
+    more(4)
+    assert (folder.weights.exists(), folder.step_of_weights()) == (True, 4)
+    more(4)
+    # a checkpoint that cannot be read costs no weights
+    (folder.checkpoints / "step-000004" / "optimizer.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="is damaged"):
+        more(6)
+    assert folder.weights.exists()
 
 
 def test_bf16_trains_float32_weights(tiny_sd: Path, tmp_path: Path) -> None:

@@ -24,18 +24,24 @@ SINGLE_FILE = "model.safetensors"
 
 
 def export(
-    policy: Policy, run: RunFolder, settings: Mapping[str, Any], form: str, out: Path
+    policy: Policy,
+    run: RunFolder,
+    settings: Mapping[str, Any],
+    form: str,
+    out: Path,
+    step: int | None = None,
 ) -> None:
     """Write the folder `out` as a whole: the weights in one of FORMATS, and README.md, the card.
 
-    `settings` are those of the run, dotted key to value. Raises InputError for an unknown format,
+    `settings` are those of the run, dotted key to value; `step` is that of the weights, if it is
+    known: the card then tells of no later evaluation. Raises InputError for an unknown format,
     if the policy has no such thing, or if `out` is there already.
     """
     check_target(form, out)
     with atomic_path(out) as folder:
         folder.mkdir()
         FORMATS[form](policy, folder)
-        evaluation = last_evaluation(run)
+        evaluation = last_evaluation(run, step)
         picture = _before_after(run, evaluation, folder)
         names = {**_opening(policy, settings["model"]), "part": policy.family.denoiser_folder}
         card = model_card(settings, evaluation, LOADING[form].format(**names), picture)

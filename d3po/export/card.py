@@ -67,9 +67,10 @@ def model_card(
     return "\n".join(lines)
 
 
-def last_evaluation(run: RunFolder) -> dict[str, Any] | None:
-    """The newest "eval" line of the run's metrics."""
-    found = [row for row in run.rows() if row["kind"] == "eval"]
+def last_evaluation(run: RunFolder, step: int | None = None) -> dict[str, Any] | None:
+    """The newest "eval" line of the run's metrics, not newer than `step`."""
+    rows = [row for row in run.rows() if row["kind"] == "eval"]
+    found = [row for row in rows if step is None or row["step"] <= step]
     return found[-1] if found else None
 
 

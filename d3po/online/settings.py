@@ -105,7 +105,7 @@ class OnlineConfig(Config):
 
 def groups_per_update(config: OnlineConfig, optim: OptimConfig, processes: int) -> int:
     """Groups of one optimizer step, over all processes; InputError if a round is not a multiple."""
-    size = optim.micro_batch * optim.accumulation * processes
+    size = optim.units(processes)
     if config.groups % size:
         raise InputError(
             f"online.groups={config.groups} must be a multiple of the groups of an update, "

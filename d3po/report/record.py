@@ -68,7 +68,9 @@ def _evaluation(
     file = folder.path / "evaluation.json"
     if file.is_file() and file.stat().st_mtime >= folder.weights.stat().st_mtime:
         return _from_json(parsed(file.read_text(encoding="utf-8"), file), file)
-    found = [row for row in rows if row["kind"] == "eval"]
+    last = folder.step_of_weights()  # older than the run where health.stop ended it
+    own = [row for row in rows if row["kind"] == "eval"]
+    found = [row for row in own if last is None or row["step"] <= last]
     if not found:
         return None
     judges = [{"judge": name, **values} for name, values in found[-1]["judges"].items()]
