@@ -539,9 +539,9 @@ def test_a_cache_in_the_making_that_lost_a_file_is_made_anew(
     family: Any = load_family(tiny_sd)
     whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
     config = config_of(tmp_path / "part", mixed_rows())
+    own = family.encode_text
     with monkeypatch.context() as patch:
         patch.setattr(family, "encode_text", lambda texts: own(texts) if texts == [""] else stop())
-        own = load_family(tiny_sd).encode_text
         with pytest.raises(Stopped):
             cached_pairs(config, family, run)
     (making,) = Path(config.cache).glob(".making-*")
