@@ -7,6 +7,7 @@ matrix (Shazeer & Stern 2018, transformers; the choice of Diffusion-DPO for SDXL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -17,6 +18,10 @@ from torch import nn
 from fifa.config import InputError
 
 Kind = Literal["adamw", "adamw_8bit", "adafactor"]
+
+# bitsandbytes: smaller weights keep float32 moments; of larger ones a block has one float32 scale
+SMALLEST_8BIT = 4096
+BLOCK_8BIT = 256
 
 
 def build_optimizer(
@@ -69,6 +74,7 @@ def build_optimizer(
     return Offloaded(parameters, build) if offload else build(parameters)
 
 
+<<<<<<< HEAD
 # What each kind alone keeps for a weight.
 _MARKS: dict[str, Kind] = {"exp_avg": "adamw", "state1": "adamw_8bit", "RMS": "adafactor"}
 
@@ -77,6 +83,22 @@ def kind_of(state: Iterable[str]) -> Kind | None:
     """Whose state it is by its names, "<parameter number>.<name>"; None for an empty one."""
     found = {_MARKS[name] for name in (key.rpartition(".")[2] for key in state) if name in _MARKS}
     return found.pop() if found else None
+=======
+def state_bytes(kind: Kind, shapes: Iterable[Sequence[int]]) -> float:
+    """What the state of an optimizer of weights of these shapes takes, single numbers aside."""
+    return sum(_state_of_one(kind, shape) for shape in shapes)
+
+
+def _state_of_one(kind: Kind, shape: Sequence[int]) -> float:
+    count = math.prod(shape)
+    if kind == "adafactor" and len(shape) > 1:
+        return 4.0 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+    if kind == "adafactor":
+        return 4.0 * count
+    if kind == "adamw_8bit" and count >= SMALLEST_8BIT:
+        return 2.0 * (count + 4 * math.ceil(count / BLOCK_8BIT))
+    return 8.0 * count
+>>>>>>> mend-preflight
 
 
 class Offloaded(torch.optim.Optimizer):

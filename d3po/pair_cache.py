@@ -3,12 +3,15 @@
 The data set is decoded and encoded before training, into memory-mapped arrays whose folder name is
 a fingerprint of the rows, the encoders and the settings, so a second run finds them and no run
 trains on stale ones. A row that is no pair, or whose pictures cannot be decoded, is set aside,
-counted and listed; it never ends the pass.
+counted and listed; it never ends the pass. A pass that was killed goes on where its files were last
+brought to the disk, from batch to batch, so that the numbers are those of one that was not.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +29,15 @@ from d3po.families import Family
 from d3po.families.conditioning import Conditioning
 from d3po.generate import encode_prompts
 from d3po.run import Run
-from fifa.config import Config, InputError, atomic_path, fingerprint, take_lock
+from fifa.config import Config, InputError, fingerprint, take_lock, write_atomic
 from fifa.images import Pixels, decode, to_batch
 from fifa.pairs import BadRow, Pair, PairTable, held_out, normalise_prompt, pair_from
+
+KEPT_EVERY = 256
+"""Rows, about, that are encoded again after a kill."""
+
+TEXTS = 64
+"""Prompts encoded at once."""
 
 
 class PairsConfig(Config):
@@ -106,13 +115,14 @@ def cached_pairs(
         table = PairTable.open(config.data)
         folder = Path(config.cache) / f"pairs-{_cache_key(config, table, family, excluded)}"
         with _only_builder(folder):  # another run may want the same pairs at the same time
+            making = folder.with_name(f".making-{folder.name}")
             if not folder.exists():
-                with (
-                    atomic_path(folder) as temporary,
-                    run.progress(table.num_rows, 0, "encoding pairs"),
-                ):
-                    temporary.mkdir()
-                    build_cache(config, table, family, excluded, temporary, run.advance)
+                done = _progress(making).get("rows", 0)
+                with _written(making), run.progress(table.num_rows, done, "encoding pairs"):
+                    build_cache(config, table, family, excluded, making, run.advance)
+                    (making / FILES).replace(folder)
+            for left_over in (making, *folder.parent.glob(f".tmp-*-{folder.name}")):
+                shutil.rmtree(left_over, ignore_errors=True)
         return folder
 
     return PairCache.open(run.first(ready))
@@ -129,6 +139,18 @@ def _only_builder(folder: Path) -> Iterator[None]:
     assert held is not None  # it was waited for
     with held:
         yield
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Say in a sentence what keeps a folder from being written, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        # An error on some other file, say an input that vanished, is not ours to explain.
+        if error.filename is not None and folder not in Path(str(error.filename)).parents:
+            raise
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def _cache_key(
@@ -164,25 +186,25 @@ def build_cache(
     folder: Path,
     advance: Callable[[int, str], None] = lambda row, text: None,
 ) -> None:
-    """Encode every usable pair into `folder`: flat arrays, summary.json, skipped.jsonl."""
+    """Encode every usable pair into FILES of `folder`: flat arrays, summary.json, skipped.jsonl.
+
+    Goes on with what a killed process left in `folder`.
+    """
     writer = _CacheWriter(family, folder, config.cache_dtype)
-    dropped: Counter[str] = Counter()
     waiting: list[_Decoded] = []
-    with (folder / "skipped.jsonl").open("w", encoding="utf-8") as skipped:
-        for done, item in enumerate(_decoded(config, table, family, excluded), 1):
-            if isinstance(item, _Decoded):
-                waiting.append(item)
-            else:
-                dropped[item.kind] += 1
-                skipped.write(item.line())
-            if len(waiting) == config.encode_batch or done == table.num_rows:
-                for lost in writer.add(waiting):
-                    dropped[lost.kind] += 1
-                    skipped.write(lost.line())
-                waiting = []
-                advance(done, f"{writer.count} pairs")
+    first = writer.rows
+    for done, item in enumerate(_decoded(config, table, family, excluded, first), first + 1):
+        if isinstance(item, _Decoded):
+            waiting.append(item)
+        else:
+            writer.drop(item)
+        if len(waiting) == config.encode_batch or done == table.num_rows:
+            writer.add(waiting)
+            waiting = []
+            writer.reached(done)
+            advance(done, f"{writer.count} pairs")
     advance(table.num_rows, f"{writer.count} pairs")
-    writer.finish({"rows": table.num_rows, "pairs": writer.count, "dropped": dict(dropped)})
+    writer.finish()
 
 
 @dataclass(frozen=True)
@@ -206,12 +228,15 @@ class _Dropped:
 
 
 def _decoded(
-    config: PairsConfig, table: PairTable, family: Family, excluded: frozenset[str]
+    config: PairsConfig, table: PairTable, family: Family, excluded: frozenset[str], first: int
 ) -> Iterator[_Decoded | _Dropped]:
-    row = -1
-    for group in range(len(table.row_groups())):
-        for judgment in table.judgments(group):
-            row += 1
+    """The rows of the table from `first` on."""
+    for index, group in enumerate(table.row_groups()):
+        if group.start + group.rows <= first:
+            continue
+        for row, judgment in enumerate(table.judgments(index), group.start):
+            if row < first:
+                continue
             if isinstance(judgment, BadRow):
                 yield _Dropped("bad row", judgment.row, judgment.reason)
                 continue
@@ -250,51 +275,147 @@ def fitted(hwc: Pixels, size: int) -> Pixels:
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
 
 
+FILES, PROGRESS, PROMPTS = "cache", "progress.json", "prompts.jsonl"
+"""In the folder of a cache in the making: what it will be, how far it is, its prompts so far."""
+
+
 class _CacheWriter:
-    """Appends encoded pairs to flat files; their shapes, known at the end, go to the summary."""
+    """Appends encoded pairs to flat files; their shapes, known at the end, go to the summary.
+
+    Now and then the files are brought to the disk and their sizes noted. A writer of the same
+    folder begins there: it cuts off what was written since.
+    """
 
     def __init__(self, family: Family, folder: Path, dtype: str) -> None:
-        self.family, self.folder, self.dtype = family, folder, np.dtype(dtype)
+        self.family, self.dtype = family, np.dtype(dtype)
+        self.folder, self.files = folder, folder / FILES
+        self.skipped = self.files / "skipped.jsonl"
+        self.rows, self.count, self.texts = 0, 0, 0  # rows read, pairs and prompts written
+        self.dropped: Counter[str] = Counter()
         self.prompts: dict[str, int] = {"": 0}
-        self.count = 0
+        self._kept = 0  # rows
+        if not self._go_on():
+            shutil.rmtree(folder, ignore_errors=True)
+            self.files.mkdir(parents=True)
+            for empty in (self.skipped, self.folder / PROMPTS):
+                empty.touch()
 
-    def add(self, pairs: Sequence[_Decoded]) -> list[_Dropped]:
-        """Encode and append; the pairs whose latents are NaN or infinite are handed back."""
+    def add(self, pairs: Sequence[_Decoded]) -> None:
+        """Encode and append; the pairs whose latents are NaN or infinite are dropped."""
         if not pairs:
-            return []
+            return
         images = to_batch([pair.win for pair in pairs] + [pair.lose for pair in pairs])
         win, lose = self.family.encode_images(images.to(self.family.device)).chunk(2)
         finite = torch.isfinite(torch.cat([win, lose], 1)).flatten(1).all(1).cpu()
         lost = [_not_finite(pair) for pair, good in zip(pairs, finite, strict=True) if not good]
         pairs = [pair for pair, good in zip(pairs, finite, strict=True) if good]
         win, lose = win[finite.to(win.device)], lose[finite.to(lose.device)]
-        rows = [self.prompts.setdefault(pair.prompt, len(self.prompts)) for pair in pairs]
-        self._append("win", _numbers(win, self.dtype))
-        self._append("lose", _numbers(lose, self.dtype))
-        self._append("prompt", np.array(rows, dtype=np.int64))
+        self._append(self.files / "win.bin", _bytes(win, self.dtype))
+        self._append(self.files / "lose.bin", _bytes(lose, self.dtype))
+        rows = np.array([self._number(pair.prompt) for pair in pairs], dtype=np.int64)
+        self._append(self.files / "prompt.bin", rows.tobytes())
         self.count += len(pairs)
-        return lost
+        for dropped in lost:
+            self.drop(dropped)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def drop(self, dropped: _Dropped) -> None:
+        """Count and list a row that is set aside."""
+        self.dropped[dropped.kind] += 1
+        self._append(self.skipped, dropped.line().encode("utf-8"))
+
+    def reached(self, rows: int) -> None:
+        """All that comes from the first `rows` rows is written."""
+        self.rows = rows
+        if rows - self._kept >= KEPT_EVERY:
+            self._keep()
+
+    def finish(self) -> None:
+        """Encode and append the prompts, write the summary."""
+        self._keep()
         prompts = list(self.prompts)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for start in range(0, len(prompts), 64):
-            cond = encode_prompts(self.family, prompts[start : start + 64])
-            for name, tensor in cond.tensors.items():
-                shapes[f"cond.{name}"] = tuple(tensor.shape[1:])
-                self._append(f"cond.{name}", _numbers(tensor, self.dtype))
+        while self.texts < len(prompts):
+            some = prompts[self.texts : self.texts + TEXTS]
+            for name, tensor in encode_prompts(self.family, some).tensors.items():
+                self._append(self.files / f"cond.{name}.bin", _bytes(tensor, self.dtype))
+            self.texts += len(some)
+            self._keep()
+        latents = (self.dtype.name, (self.count, *self.family.latent_shape))
+        cond = self.family.encode_text([""]).tensors
         arrays = {
-            "win": (self.dtype.name, (self.count, *self.family.latent_shape)),
-            "lose": (self.dtype.name, (self.count, *self.family.latent_shape)),
+            "win": latents,
+            "lose": latents,
             "prompt": ("int64", (self.count,)),
-            **{name: (self.dtype.name, (len(prompts), *own)) for name, own in shapes.items()},
+            **{
+                f"cond.{name}": (self.dtype.name, (len(prompts), *tensor.shape[1:]))
+                for name, tensor in cond.items()
+            },
         }
-        note = json.dumps({**summary, "arrays": arrays}, indent=1) + "\n"
-        (self.folder / "summary.json").write_text(note, encoding="utf-8")
+        found = {"rows": self.rows, "pairs": self.count, "dropped": dict(self.dropped)}
+        note = json.dumps({**found, "arrays": arrays}, indent=1) + "\n"
+        write_atomic(self.files / "summary.json", note)
 
-    def _append(self, name: str, values: NDArray[Any]) -> None:
-        with (self.folder / f"{name}.bin").open("ab") as file:
-            file.write(values.tobytes())
+    # ---- files ----------------------------------------------------------------------------------
+
+    def _number(self, prompt: str) -> int:
+        if prompt not in self.prompts:
+            self.prompts[prompt] = len(self.prompts)
+            self._append(self.folder / PROMPTS, (json.dumps(prompt) + "\n").encode("ascii"))
+        return self.prompts[prompt]
+
+    @staticmethod
+    def _append(file: Path, data: bytes) -> None:
+        with file.open("ab") as opened:
+            opened.write(data)
+
+    def _all_files(self) -> list[Path]:
+        return [*self.files.glob("*"), *self.folder.glob(PROMPTS)]
+
+    def _keep(self) -> None:
+        """Bring the files to the disk, then note their sizes."""
+        sizes = {file.name: _synced(file) for file in self._all_files()}
+        progress = {
+            "rows": self.rows,
+            "count": self.count,
+            "texts": self.texts,
+            "dropped": dict(self.dropped),
+            "sizes": sizes,
+        }
+        write_atomic(self.folder / PROGRESS, json.dumps(progress) + "\n")
+        self._kept = self.rows
+
+    def _go_on(self) -> bool:
+        """Back to where the files were last kept; False if there is no such place."""
+        found = _progress(self.folder)
+        if not found:
+            return False
+        sizes = dict(found["sizes"])
+        for file in self._all_files():
+            if file.name not in sizes:
+                file.unlink()  # begun since
+            elif file.stat().st_size < sizes[file.name]:
+                return False
+            else:
+                os.truncate(file, sizes.pop(file.name))
+        if sizes:
+            return False  # a file is gone
+        self.rows, self.count, self.texts = found["rows"], found["count"], found["texts"]
+        self.dropped, self._kept = Counter(found["dropped"]), self.rows
+        lines = (self.folder / PROMPTS).read_text(encoding="ascii").splitlines()
+        self.prompts |= {json.loads(line): i for i, line in enumerate(lines, 1)}
+        return True
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """What a writer last noted in its folder; empty if there is nothing."""
+    file = folder / PROGRESS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _synced(file: Path) -> int:
+    """How long a file is, once all of it is on the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    return file.stat().st_size
 
 
 def _not_finite(pair: _Decoded) -> _Dropped:
@@ -303,8 +424,8 @@ def _not_finite(pair: _Decoded) -> _Dropped:
     )
 
 
-def _numbers(values: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
-    return values.float().cpu().numpy().astype(dtype)
+def _bytes(values: Tensor, dtype: np.dtype[Any]) -> bytes:
+    return values.float().cpu().numpy().astype(dtype).tobytes()
 
 
 def skipped_rows(cache: PairCache) -> list[dict[str, Any]]:

@@ -139,7 +139,8 @@ def arithmetic(config: TrainConfig, processes: int = 1) -> str:
             f"the run: {optim.max_steps} updates = {optim.max_steps * size} pairs"
         )
     online, size = config.online, groups_per_update(config.online, optim, processes)
-    steps = online.step_count or config.sampler.steps - online.skip_last
+    # how many of a path's steps have noise depends on the model's schedule, which is not read here
+    steps = online.step_count or f"at most {config.sampler.steps - online.skip_last}"
     updates = online.groups // size * online.inner_epochs
     total = whole_rounds(optim.max_steps, updates)
     objective = BoundObjective.from_config(config.objective)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from train_runs import environment, kill
 
 from d3po.draws import derive_seed, shuffled
 from d3po.families import Family, load_family
@@ -84,6 +87,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def config_of(tmp_path: Path, rows: list[Row], **more: Any) -> OfflineConfig:
+    tmp_path.mkdir(exist_ok=True)
     data = write_pairs(tmp_path / "pairs.parquet", rows)
     return OfflineConfig(data=str(data), cache=str(tmp_path / "cache"), encode_batch=3, **more)
 
@@ -410,6 +414,144 @@ def test_a_part_narrower_than_a_time_is_its_nearest_one(
 def test_a_part_that_is_none_is_one_sentence(part: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="0 <= low < high <= 1"):
         OfflineConfig(data="x", noise=part)
+
+
+class Stopped(Exception):
+    """What ends a process in the tests below."""
+
+
+def mixed_rows() -> list[Row]:
+    """24 rows, some of which are no pairs, and 12 prompts."""
+    rows = good_rows(24)
+    rows[4] = ("a tie", rows[4][1], rows[4][2], 0.5)
+    rows[13] = ("no picture", rows[13][1], b"no picture", 1.0)
+    return rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def entries(cache: PairCache) -> list[str]:
+    """What lies in the folder of caches, but for locks."""
+    return sorted(p.name for p in cache.folder.parent.iterdir() if p.name[:6] != ".lock-")
+
+
+def kept_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d3po.pair_cache.KEPT_EVERY", 5)
+    monkeypatch.setattr("d3po.pair_cache.TEXTS", 5)
+
+
+@pytest.mark.parametrize(("call", "stops"), [("encode_images", 4), ("encode_text", 3)])
+def test_encoding_goes_on_where_it_was_stopped(
+    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch, call: str, stops: int
+) -> None:
+    kept_often(monkeypatch)
+    family: Any = load_family(tiny_sd)
+    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
+    config, own, calls = config_of(tmp_path / "part", mixed_rows()), getattr(family, call), 0
+
+    def stopping(given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % stops == 0:
+            raise Stopped
+        return own(given)
+
+    monkeypatch.setattr(family, call, stopping)
+    stopped = 0
+    while True:
+        try:
+            cache = cached_pairs(config, family, run)
+            break
+        except Stopped:
+            stopped += 1
+    assert stopped >= 2
+    assert contents(cache.folder) == contents(whole.folder)
+    assert cache.folder.name == whole.folder.name
+    assert entries(cache) == [whole.folder.name]
+
+
+def test_encoding_survives_a_kill_and_leaves_nothing_behind(
+    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_often(monkeypatch)
+    family: Any = load_family(tiny_sd)
+    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
+    config = config_of(tmp_path / "part", mixed_rows())
+    making = Path(config.cache) / f".making-{whole.folder.name}"
+    old = making.with_name(f".tmp-0123abcd-{whole.folder.name}")  # of versions that began anew
+    old.mkdir(parents=True)
+    given = [str(tiny_sd), config.model_dump_json(), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", ENCODE_SLOWLY, *given]
+    with subprocess.Popen(command, env=environment()) as process:
+        while rows_kept(making) < 12:
+            assert process.poll() is None
+            time.sleep(0.01)
+        kill(process)
+    kept = rows_kept(making)
+    own, seen = family.encode_images, 0
+
+    def counted(images: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(images) // 2
+        return own(images)
+
+    monkeypatch.setattr(family, "encode_images", counted)
+    cache = cached_pairs(config, family, run)
+    assert 0 < seen <= 24 - kept
+    assert contents(cache.folder) == contents(whole.folder)
+    assert entries(cache) == [whole.folder.name]
+
+
+ENCODE_SLOWLY = """
+import sys, time
+from d3po import pair_cache
+from d3po.families import load_family
+from d3po.offline import OfflineConfig
+from d3po.run import Run, RunConfig
+
+model, config, folder = sys.argv[1:]
+pair_cache.KEPT_EVERY = 5
+family = load_family(model)
+own = family.encode_images
+
+def slowly(images):
+    time.sleep(0.3)
+    return own(images)
+
+family.encode_images = slowly
+run = Run(RunConfig(dir=folder))
+pair_cache.cached_pairs(OfflineConfig.model_validate_json(config), family, run)
+"""
+
+
+def rows_kept(making: Path) -> int:
+    """How far a cache in the making is."""
+    file = making / "progress.json"
+    return int(json.loads(file.read_text())["rows"]) if file.exists() else 0
+
+
+def test_a_cache_in_the_making_that_lost_a_file_is_made_anew(
+    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_often(monkeypatch)
+    family: Any = load_family(tiny_sd)
+    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
+    config = config_of(tmp_path / "part", mixed_rows())
+    own = family.encode_text
+    with monkeypatch.context() as patch:
+        patch.setattr(family, "encode_text", lambda texts: own(texts) if texts == [""] else stop())
+        with pytest.raises(Stopped):
+            cached_pairs(config, family, run)
+    (making,) = Path(config.cache).glob(".making-*")
+    assert rows_kept(making) == 24
+    (making / "cache" / "lose.bin").unlink()
+    assert contents(cached_pairs(config, family, run).folder) == contents(whole.folder)
+
+
+def stop() -> Any:
+    raise Stopped
 
 
 def test_the_summary_is_plain_json(tmp_path: Path, family: Family, run: Run) -> None:

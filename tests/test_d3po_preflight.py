@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 import torch.nn.functional as F
 from pair_files import write_pairs
@@ -14,11 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d3po import preflight, recipe
-from d3po.families import load_family
+from d3po.families import FamilyConfig, load_family
+from d3po.optimizers import Kind, build_optimizer
 from d3po.policy import Policy
 from d3po.preflight.networks import INPUTS, Networks, load_outline
 from d3po.preflight.playing import NOTHING, Played, play
 from d3po.preflight.rates import Rates, measured
+from d3po.schedule import FlowSchedule
 from fifa.config import InputError
 
 RATES = Rates(flops=1e9, bytes=1e8, start=1e-6)
@@ -145,6 +148,31 @@ def test_operations_are_those_that_torch_counts_on_the_real_network(tiny_sd: Pat
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_the_outline_is_opened_as_the_family_is(name: str, tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(getattr(tiny_pipelines, name), tmp_path / name)
+    opened = FamilyConfig(image_size=32, t5=name != "sd3", t5_tokens=9)
+    family: Any = load_family(folder, config=opened)
+    outline = load_outline(str(folder), opened)
+    names = {"denoiser": family.denoiser_folder}
+    assert outline.parameters == {
+        names.get(name, name): sum(p.numel() for p in part.parameters())
+        for name, part in vars(family).items()
+        if isinstance(part, torch.nn.Module)
+    }
+    assert outline.latent_shape == family.latent_shape
+    assert outline.image_size == family.image_size == 32
+    (tmp_path / "one.safetensors").touch()  # of one file only the configs beside it are read
+    described = opened.model_copy(update={"description": str(folder)})
+    one_file = load_outline(str(tmp_path / "one.safetensors"), described)
+    assert one_file.parameters == outline.parameters
+    grid, expected = (one.schedule.grid(5, 0.7) for one in (outline, family))
+    assert torch.equal(grid.times, expected.times)
+    assert torch.equal(grid.sigma, expected.sigma)
+    text = family.encode_text(["x"]).tensors.values()
+    assert name == "sdxl" or outline.text_bytes() == sum(tensor.nbytes for tensor in text)
+
+
 def _tiny(name: str) -> Any:
     import diffusers
 
@@ -189,7 +217,8 @@ def _tiny(name: str) -> Any:
 def test_every_denoiser_is_called_as_it_wants(name: str) -> None:
     with torch.device("meta"):
         denoiser = _tiny(name)
-    networks = Networks({"denoiser": denoiser}, denoiser, "denoiser", (4, 8, 8), 64)
+    parts = {"denoiser": denoiser}
+    networks = Networks(parts, denoiser, "denoiser", (4, 8, 8), 64, FlowSchedule())
     inputs = networks.inputs(2, torch.float32)
     found = play(lambda: denoiser(**inputs, return_dict=False)[0].sum().backward(), RATES)
     assert found.flops > 0
@@ -227,6 +256,82 @@ def test_settings_move_what_they_should(tiny_sd: Path, tmp_path: Path) -> None:
     assert half.memory["unet"] == 2 * half.parameters["unet"]
 
 
+def test_a_larger_picture_takes_more(tiny_sd: Path, tmp_path: Path) -> None:
+    base, large = (ahead(tiny_sd, tmp_path, f"family.image_size={side}") for side in (64, 128))
+    assert ahead(tiny_sd, tmp_path) == base
+    for work in ("learning", "sampling", "decoding pictures"):
+        assert large.peaks[work] > 3 * base.peaks[work]
+    assert large.seconds_a_step > 2 * base.seconds_a_step
+    with pytest.raises(InputError, match=r"family\.image_size is 60"):
+        ahead(tiny_sd, tmp_path, "family.image_size=60")
+
+
+def test_steps_that_go_through_together_need_room_together(tiny_sd: Path, tmp_path: Path) -> None:
+    base, two, eight = (ahead(tiny_sd, tmp_path, f"online.steps_at_once={n}") for n in (1, 2, 8))
+    assert two.peaks["learning"] == pytest.approx(2 * base.peaks["learning"], rel=0.2)
+    assert two.seconds_a_step < base.seconds_a_step  # fewer starts
+    assert eight == two  # an update learns from 2 steps
+
+
+def test_a_round_that_is_no_multiple_is_refused_as_in_training(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"online\.groups=4 must be a multiple"):
+        ahead(tiny_sd, tmp_path, "optim.micro_batch=3")
+    with pytest.raises(InputError, match=r"x 4 \(processes\) = 8"):
+        preflight.forecast(config(tiny_sd, tmp_path), "cpu", RATES, lambda: 1e6, 4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "adafactor"])
+def test_moments_are_those_of_the_real_optimizer(
+    tiny_sd: Path, tmp_path: Path, kind: Kind, method: str
+) -> None:
+    settings = (f"optim.kind={kind}", f"policy={{method: {method}, rank: 64}}")
+    found = ahead(tiny_sd, tmp_path, *settings)
+    policy = Policy(load_family(tiny_sd), config(tiny_sd, tmp_path, *settings).policy)
+    weights = policy.trainable()
+    rates: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.99), "epsilon": 1e-8}
+    optimizer = build_optimizer(weights, kind, weight_decay=0.0, **rates)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.ndim and not name.startswith("qmap")
+    )  # of 8 bits one table of 256 values is shared by all
+    whose = "Adafactor" if kind == "adafactor" else "Adam"
+    assert found.memory[f"{whose}'s moments"] == held
+    copies = 2 * 4 * sum(weight.numel() for weight in weights)
+    assert found.disk["checkpoints"] == copies + 2 * held  # two are kept
+
+
+def test_what_waits_in_cpu_memory_is_not_on_the_device(tiny_sd: Path, tmp_path: Path) -> None:
+    offload = ("optim.offload=true", "speed.offload_encoders=true")
+    here, away = (ahead(tiny_sd, tmp_path, *own, device="cuda") for own in ((), offload))
+    assert here.memory.keys() - away.memory.keys() == {"Adam's moments", "text_encoder", "vae"}
+    encoders = here.memory["text_encoder"] + here.memory["vae"]
+    assert away.peaks["learning"] == here.peaks["learning"]
+    assert away.peaks["sampling"] == here.peaks["sampling"] + encoders
+    assert away.peaks["decoding pictures"] == here.peaks["decoding pictures"] + encoders
+    cpu = ahead(tiny_sd, tmp_path, *offload)  # where all memory is one
+    assert cpu.memory["Adam's moments"] == 2 * cpu.memory["the optimizer's copy"]
+    assert cpu.memory["vae"] == here.memory["vae"]
+
+
+def test_a_flow_learns_from_all_steps_but_the_last(tmp_path: Path) -> None:
+    folder = tiny_pipelines.save(tiny_pipelines.sd3, tmp_path / "sd3")
+    everything, without_last = (
+        ahead(folder, tmp_path, f"online={{groups: 4, images: 3, skip_last: {skip}}}")
+        for skip in ("false", "true")
+    )
+    assert everything == without_last  # the last of its steps has no noise
+    with pytest.raises(InputError, match="3 of the 4 sampler steps have noise"):
+        ahead(folder, tmp_path, "online={groups: 4, steps: early, step_count: 4}")
+
+
 def test_inverted_paths_are_counted(tiny_sd: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.parquet", 20)
 
@@ -256,5 +361,5 @@ def test_the_verdict_is_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no readable model_index\.json"):
+    with pytest.raises(InputError, match=r"it has no model_index\.json"):
         load_outline(str(tmp_path))

@@ -209,6 +209,9 @@ def test_the_arithmetic_of_a_dry_run() -> None:
         "one round: 2 updates x 2 inner epochs = 4 updates",
         "the run: 12 updates = 3 rounds = 72 images",
     ]
+    # a flow of 10 steps has 9 with noise: without a step_count nothing is promised
+    flow = recipe.arithmetic(recipe.load(ROOT / "configs" / "sd3_d3po.yaml"))
+    assert "4 groups, at most 112 pairs x at most 10 steps\n" in flow
     offline = load("method=dpo", "offline.data=x", "optim={micro_batch: 3, max_steps: 10}")
     assert recipe.arithmetic(offline, 2).splitlines() == [
         "one update: 3 pairs x 1 accumulated x 2 processes = 6 pairs, 12 images at one time each",

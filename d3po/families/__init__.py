@@ -159,14 +159,18 @@ def load_family(
     """
     config = config or FamilyConfig()
     source = find_source(model, config.description)
-    kind = str(source.index["_class_name"])
-    if kind not in FAMILIES:
-        raise InputError(f"{model} is a {kind}; supported are {', '.join(FAMILIES)}")
-    module, name = FAMILIES[kind].split(":")
-    loader = getattr(importlib.import_module(module), name)
-    family: Family = loader.load(source, dtype, device, config)
+    family: Family = family_class(source).load(source, dtype, device, config)
     family.source = source
     return family
+
+
+def family_class(source: Source) -> Any:
+    """The class of a model's family, not yet loaded; InputError for a kind without one."""
+    kind = str(source.index["_class_name"])
+    if kind not in FAMILIES:
+        raise InputError(f"{source.name} is a {kind}; supported are {', '.join(FAMILIES)}")
+    module, name = FAMILIES[kind].split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def find_source(model: str | Path, description: str | None = None) -> Source:

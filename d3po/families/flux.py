@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,7 @@ class Flux(PipelineFamily):
             dtype,
         )
         vae, transformer = parts["vae"], parts["transformer"]
-        side = latent_side(source.name, config.image_size, SIDE, vae_factor(vae), PATCH)
-        tokens = (side // PATCH) ** 2
+        shape, schedule = cls.outline(source.name, parts, config.image_size)
         return cls(
             name=source.name,
             tokenizers=(parts["tokenizer"], parts["tokenizer_2"]),
@@ -93,11 +92,22 @@ class Flux(PipelineFamily):
             text_encoder_2=parts["text_encoder_2"].to(device),
             vae=vae.to(device),
             denoiser=transformer.to(device),
-            schedule=FlowSchedule.from_diffusers(parts["scheduler"], tokens, last=None),
-            latent_shape=(transformer.config.in_channels // PATCH**2, side, side),
+            schedule=schedule,
+            latent_shape=shape,
             embedded_guidance=config.embedded_guidance,
             t5_tokens=config.t5_tokens or T5_TOKENS,
         )
+
+    @staticmethod
+    def outline(
+        name: str, parts: Mapping[str, Any], image_size: int | None
+    ) -> tuple[tuple[int, int, int], FlowSchedule]:
+        """(C, h, w) of the latents, and the noise schedule: what needs no weights."""
+        side = latent_side(name, image_size, SIDE, vae_factor(parts["vae"]), PATCH)
+        channels = parts["transformer"].config.in_channels // PATCH**2
+        tokens = (side // PATCH) ** 2
+        schedule = FlowSchedule.from_diffusers(parts["scheduler"], tokens, last=None)
+        return (channels, side, side), schedule
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

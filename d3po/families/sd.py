@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,19 +62,30 @@ class StableDiffusion(PipelineFamily):
             },
             dtype,
         )
-        # StableDiffusionPipeline forces these two on old configs; the same pictures need the same.
-        scheduler = DDIMScheduler.from_config(
-            parts["scheduler"].config, steps_offset=1, clip_sample=False
-        )
+        _, schedule = cls.outline(source.name, parts, config.image_size)
         return cls(
             name=source.name,
             tokenizer=parts["tokenizer"],
             text_encoder=parts["text_encoder"].to(device),
             vae=parts["vae"].to(device),
             denoiser=parts["unet"].to(device),
-            schedule=NoiseSchedule.from_diffusers(scheduler),
+            schedule=schedule,
             image_size=config.image_size,
         )
+
+    @staticmethod
+    def outline(
+        name: str, parts: Mapping[str, Any], image_size: int | None
+    ) -> tuple[tuple[int, int, int], NoiseSchedule]:
+        """(C, h, w) of the latents, and the noise schedule: what needs no weights."""
+        from diffusers import DDIMScheduler
+
+        # StableDiffusionPipeline forces these two on old configs; the same pictures need the same.
+        scheduler = DDIMScheduler.from_config(
+            parts["scheduler"].config, steps_offset=1, clip_sample=False
+        )
+        shape = unet_latents(name, parts["unet"], parts["vae"], image_size)
+        return shape, NoiseSchedule.from_diffusers(scheduler)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,9 +91,7 @@ class StableDiffusion3(PipelineFamily):
             classes |= {"tokenizer_3": AutoTokenizer, "text_encoder_3": T5EncoderModel}
         parts = source.parts(classes, dtype)
         vae, transformer, t5 = parts["vae"], parts["transformer"], parts.get("text_encoder_3")
-        shape = _latents(source.name, transformer, vae, config.image_size)
-        scheduler = parts["scheduler"]
-        tokens = (shape[1] // transformer.config.patch_size) ** 2
+        shape, schedule = cls.outline(source.name, parts, config.image_size)
         return cls(
             name=source.name,
             tokenizers=[parts[part] for part in parts if part.startswith("tokenizer")],
@@ -102,10 +100,20 @@ class StableDiffusion3(PipelineFamily):
             text_encoder_3=None if t5 is None else t5.to(device),
             vae=vae.to(device),
             denoiser=transformer.to(device),
-            schedule=FlowSchedule.from_diffusers(scheduler, tokens, last=scheduler.sigma_min),
+            schedule=schedule,
             latent_shape=shape,
             t5_tokens=config.t5_tokens or T5_TOKENS,
         )
+
+    @staticmethod
+    def outline(
+        name: str, parts: Mapping[str, Any], image_size: int | None
+    ) -> tuple[tuple[int, int, int], FlowSchedule]:
+        """(C, h, w) of the latents, and the noise schedule: what needs no weights."""
+        transformer, scheduler = parts["transformer"], parts["scheduler"]
+        shape = _latents(name, transformer, parts["vae"], image_size)
+        tokens = (shape[1] // transformer.config.patch_size) ** 2
+        return shape, FlowSchedule.from_diffusers(scheduler, tokens, last=scheduler.sigma_min)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

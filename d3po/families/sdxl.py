@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class StableDiffusionXL(PipelineFamily):
         vae = parts["vae"]
         if dtype == torch.float16 and vae.config.force_upcast:
             vae = vae.float()  # the original VAE overflows in half precision
+        _, schedule = cls.outline(source.name, parts, config.image_size)
         return cls(
             name=source.name,
             tokenizers=(parts["tokenizer"], parts["tokenizer_2"]),
@@ -76,10 +77,18 @@ class StableDiffusionXL(PipelineFamily):
             text_encoder_2=parts["text_encoder_2"].to(device),
             vae=vae.to(device),
             denoiser=parts["unet"].to(device),
-            schedule=NoiseSchedule.from_diffusers(parts["scheduler"]),
+            schedule=schedule,
             zeros_for_empty=bool(source.index.get("force_zeros_for_empty_prompt", True)),
             image_size=config.image_size,
         )
+
+    @staticmethod
+    def outline(
+        name: str, parts: Mapping[str, Any], image_size: int | None
+    ) -> tuple[tuple[int, int, int], NoiseSchedule]:
+        """(C, h, w) of the latents, and the noise schedule: what needs no weights."""
+        shape = unet_latents(name, parts["unet"], parts["vae"], image_size)
+        return shape, NoiseSchedule.from_diffusers(parts["scheduler"])
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

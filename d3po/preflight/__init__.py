@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from torch import nn
 
 from d3po.evaluate import EvalConfig
 from d3po.inversion import points_within
+from d3po.online.settings import groups_per_update, trained_steps
+from d3po.optimizers import state_bytes
 from d3po.preflight.networks import Networks, load_outline, train_outline
 from d3po.preflight.playing import NOTHING, Played, play
 from d3po.preflight.rates import Rates, measured
@@ -84,9 +87,10 @@ def forecast(
     """Look ahead of `config` on one "cpu" or "cuda" device of those that `processes` share.
 
     `process()` is what the program itself takes, asked when its libraries are loaded. Raises
-    InputError if the model's config files are not there or its class is unknown.
+    InputError if the model's config files are not there or its class is unknown, and for settings
+    of a rollout that training would refuse.
     """
-    networks = load_outline(config.model)
+    networks = load_outline(config.model, config.family)
     ahead = _Ahead(config, networks, device, rates, processes)
     memory, peaks = ahead.memory(), ahead.peaks()
     total = ahead.updates()
@@ -120,12 +124,15 @@ class _Ahead:
         self.stored = torch.float32 if full else self.compute  # what frozen weights are kept in
         # attention of bfloat16 on a CPU is computed as products, see Run.kernels
         self.fused = not (device == "cpu" and self.compute == torch.bfloat16)
+        self.trained_steps, self.updates_a_round = self._round()
         self.rows = self._rows()
         self.sampling = self._forward(self._guided(config.sampler.batch, config.sampler.guidance))
         self.decoding = self._decoding(config.sampler.batch)
         self.encoding = self._encoding()
         self.inverting = self._inverting()
-        self.trained = train_outline(networks, config.policy, self.compute)
+        shapes = train_outline(networks, config.policy, self.compute)
+        self.trained = sum(map(math.prod, shapes))
+        self.state = state_bytes(config.optim.kind, shapes)
         self.scoring = self._forward(self.rows)
         self.learning = self._learning()
         self.step = self._step()
@@ -133,14 +140,29 @@ class _Ahead:
 
     # ---- the shape of the run -------------------------------------------------------------------
 
+    def _round(self) -> tuple[int, int]:
+        """Steps of a path that an update learns from, and updates of a round; 1 and 1 offline."""
+        config = self.config
+        if config.online is None:
+            return 1, 1
+        size = groups_per_update(config.online, config.optim, self.processes)
+        grid = self.networks.schedule.grid(config.sampler.steps, config.sampler.eta)
+        steps = trained_steps(config.online, grid)
+        return len(steps), config.online.groups // size * config.online.inner_epochs
+
+    def _at_once(self) -> int:
+        """Steps of a path in one training forward."""
+        online = self.config.online
+        return 1 if online is None else min(online.steps_at_once, self.trained_steps)
+
     def _rows(self) -> int:
-        """Pictures in one training forward, twice with guidance."""
+        """Pictures in one training forward, each at some steps, twice with guidance."""
         config, micro = self.config, self.config.optim.micro_batch
         if config.online is None:
             return 2 * micro
         scale = config.online.train_guidance
         guidance = config.sampler.guidance if scale is None else scale
-        return self._guided(micro * config.online.images, guidance)
+        return self._guided(micro * config.online.images * self._at_once(), guidance)
 
     @staticmethod
     def _guided(rows: int, guidance: float) -> int:
@@ -151,13 +173,7 @@ class _Ahead:
         config = self.config
         if config.online is None:
             return config.optim.max_steps
-        return whole_rounds(config.optim.max_steps, self._updates_a_round())
-
-    def _updates_a_round(self) -> int:
-        assert self.config.online is not None
-        optim, online = self.config.optim, self.config.online
-        groups = optim.micro_batch * optim.accumulation * self.processes
-        return max(1, online.groups // groups) * online.inner_epochs
+        return whole_rounds(config.optim.max_steps, self.updates_a_round)
 
     def _round_images(self) -> int:
         """Pictures that one process draws in a round."""
@@ -213,8 +229,8 @@ class _Ahead:
         return found
 
     def _optimizer(self) -> Played:
-        """AdamW reads weight, gradient and two moments, and writes three of them back."""
-        touched = 7 * 4 * self.trained
+        """It reads weight, gradient and state, and writes weight and state back."""
+        touched = 3 * 4 * self.trained + 2 * self.state
         return Played(0, 0.0, self.rates.seconds(12.0 * self.trained, touched))
 
     def _step(self) -> Played:
@@ -224,15 +240,11 @@ class _Ahead:
         if config.online is None:
             scoring = self.scoring.times(config.optim.accumulation)
             return learning.then(scoring).then(self._optimizer())
-        trained = config.online.step_count or config.sampler.steps - config.online.skip_last
-        updates = self._updates_a_round()
-        images = self._round_images()
-        sampling = self._drawn(images).times(1 / updates)
+        calls = self.trained_steps / self._at_once()
+        sampling = self._drawn(self._round_images()).times(1 / self.updates_a_round)
         # of a round's blocks each trained step is scored once under the reference
-        scored = self.scoring.times(
-            config.optim.accumulation * trained / config.online.inner_epochs
-        )
-        return learning.times(trained).then(scored).then(sampling).then(self._optimizer())
+        scored = self.scoring.times(config.optim.accumulation * calls / config.online.inner_epochs)
+        return learning.times(calls).then(scored).then(sampling).then(self._optimizer())
 
     def _drawn(self, images: int) -> Played:
         """Paths and pictures of `images` drawings."""
@@ -255,8 +267,10 @@ class _Ahead:
         trained, full = 4.0 * self.trained, self.config.policy.method == "full"
         size = self.stored.itemsize
         frozen = {name: float(count * size) for name, count in self.parameters.items()}
-        own = self.parameters[self.networks.denoiser_name]
-        found = {**frozen, "Adam's moments": 2 * trained, "gradients": self._missing_gradients()}
+        name = self.networks.denoiser_name
+        own = self.parameters[name]
+        found = {name: frozen[name]} if self._encoders_away() else frozen
+        found |= self._of_the_optimizer() | {"gradients": self._missing_gradients()}
         if not full:
             found["LoRA"] = trained
         if full and self.device == "cpu":
@@ -267,6 +281,18 @@ class _Ahead:
             found["weights cast by autocast"] = float(own * self.compute.itemsize)
         found["rollouts"] = self._rollouts()
         return {name: value for name, value in found.items() if value}
+
+    def _of_the_optimizer(self) -> dict[str, float]:
+        """Its state; offloaded, that and a copy of the weights are in CPU memory."""
+        whose = "Adafactor" if self.config.optim.kind == "adafactor" else "Adam"
+        state = {f"{whose}'s moments": self.state}
+        if not self.config.optim.offload:
+            return state
+        return {**state, "the optimizer's copy": 4.0 * self.trained} if self.device == "cpu" else {}
+
+    def _encoders_away(self) -> bool:
+        """Whether text encoders and VAE wait in CPU memory, and that is not the device's."""
+        return self.config.speed.offload_encoders and self.device != "cpu"
 
     def _missing_gradients(self) -> float:
         """Gradients are float32; the playing saw them in the type that is computed in."""
@@ -298,9 +324,12 @@ class _Ahead:
         """What each kind of work adds while it runs."""
         found = {"learning": self.learning}
         if self.config.online is not None or self.config.eval.prompts is not None:
-            found |= {"sampling": self.sampling, "decoding pictures": self.decoding}
+            found |= {
+                "sampling": self._with_encoders(self.sampling),
+                "decoding pictures": self._with_encoders(self.decoding),
+            }
         if self.config.offline is not None:
-            found["encoding pairs"] = self.encoding
+            found["encoding pairs"] = self._with_encoders(self.encoding)
             if self.config.offline.path == "inverted":
                 found["inverting pairs"] = self.inverting
         if self.config.policy.method == "full" and self.device != "cpu":
@@ -308,12 +337,20 @@ class _Ahead:
             found["scoring the reference"] = Played(self.scoring.bytes + copy.bytes, 0.0, 0.0)
         return found
 
+    def _with_encoders(self, work: Played) -> Played:
+        """The work with the encoders brought to the device for it."""
+        if not self._encoders_away():
+            return work
+        own = self.parameters[self.networks.denoiser_name]
+        away = (sum(self.parameters.values()) - own) * self.stored.itemsize
+        return replace(work, bytes=work.bytes + away)
+
     def disk(self) -> dict[str, float]:
         """Checkpoints, the weights, and what is cached."""
         config, trained = self.config, 4.0 * self.trained
-        copies = 3 + (config.policy.ema_decay is not None)  # weights, two moments, the average
+        copies = 1 + (config.policy.ema_decay is not None)  # the weights and their average
         found = {
-            "checkpoints": copies * trained * config.run.keep_checkpoints,
+            "checkpoints": (copies * trained + self.state) * config.run.keep_checkpoints,
             "weights": trained,
         }
         offline, pairs = config.offline, self._pairs()

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d3po.families import MINI
-from d3po.families.pipeline import first_line
+from d3po.families import FamilyConfig, family_class, find_source, flux, sd3
+from d3po.families.pipeline import first_line, vae_factor
 from d3po.policy import PolicyConfig
+from d3po.schedule import Schedule
 from fifa.config import InputError
 
 NOT_TRAINED_WITH = ("safety_checker", "image_encoder")  # parts that no family loads
-FLUX_TOKENS = 512  # text tokens that FLUX's and SD3's pipelines use by default
-SD3_TOKENS = 256
 CLIP_TOKENS = 77
 
 
@@ -32,6 +31,8 @@ class Networks:
     denoiser_name: str
     latent_shape: tuple[int, int, int]  # (C, h, w)
     image_size: int
+    schedule: Schedule
+    t5_tokens: int | None = None  # as in FamilyConfig
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -57,28 +58,37 @@ class Networks:
         )
 
 
-def load_outline(model: str) -> Networks:
-    """Read model_index.json and each part's config.json, and build the parts without weights.
+def load_outline(model: str, config: FamilyConfig | None = None) -> Networks:
+    """Read model_index.json and each part's config, and build the parts without weights.
 
-    Raises InputError if the model is not there or a part is of an unknown class.
+    Opened as `config` asks. Raises InputError if the model is not there, is of a kind without a
+    family, lacks a part, or cannot be opened like that.
     """
-    source = str(MINI) if model == "mini" else model
-    index = _json(source, "model_index.json")
+    config = config or FamilyConfig()
+    source = find_source(model, config.description)
+    family, where = family_class(source), source.description or source.name
+    left_out = NOT_TRAINED_WITH if config.t5 else (*NOT_TRAINED_WITH, "text_encoder_3")
     parts = {}
-    for name, found in index.items():
+    for name, found in source.index.items():
         if isinstance(found, list) and found[0] in ("diffusers", "transformers"):
-            built = None if name in NOT_TRAINED_WITH else _part(source, name, *found)
+            built = None if name in left_out else _part(where, name, *found)
             if built is not None:
                 parts[name] = built
-    names = [name for name in ("unet", "transformer") if name in parts]
-    if not names or "vae" not in parts:
-        raise InputError(f"{model} has no denoiser and VAE that preflight could look at")
-    denoiser: Any = parts[names[0]]
-    vae: Any = parts["vae"]
-    size = int(denoiser.config.sample_size or 128)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    channels = int(vae.config.latent_channels)
-    return Networks(parts, denoiser, names[0], (channels, size, size), size * factor)
+    denoiser, vae = parts.get(family.denoiser_folder), parts.get("vae")
+    if denoiser is None or vae is None or not source.has("scheduler"):
+        raise InputError(f"{model} lacks a denoiser, VAE or scheduler that preflight could look at")
+    scheduler = _scheduler(where, *source.index["scheduler"])
+    shape, schedule = family.outline(model, {**parts, "scheduler": scheduler}, config.image_size)
+    size = shape[1] * vae_factor(vae)
+    return Networks(
+        parts, denoiser, family.denoiser_folder, shape, size, schedule, config.t5_tokens
+    )
+
+
+def _scheduler(source: str, _: str, kind: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind).from_config(_json(source, "scheduler/scheduler_config.json"))
 
 
 def _part(source: str, name: str, library: str, kind: str) -> nn.Module | None:
@@ -119,8 +129,8 @@ def _json(source: str, name: str) -> dict[str, Any]:
     return found
 
 
-def train_outline(networks: Networks, config: PolicyConfig, dtype: torch.dtype) -> int:
-    """Make the denoiser trainable as a policy would; how many weights are trained."""
+def train_outline(networks: Networks, config: PolicyConfig, dtype: torch.dtype) -> list[torch.Size]:
+    """Make the denoiser trainable as a policy would; the shapes of the weights that are trained."""
     from peft import LoraConfig
 
     denoiser = networks.denoiser
@@ -132,7 +142,7 @@ def train_outline(networks: Networks, config: PolicyConfig, dtype: torch.dtype) 
                 LoraConfig(r=config.rank, target_modules=list(config.targets)), "default"
             )
     nn.Module.to(denoiser, dtype)
-    return sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    return [p.shape for p in denoiser.parameters() if p.requires_grad]
 
 
 # ---- arguments of a call ------------------------------------------------------------------------
@@ -172,7 +182,7 @@ def _text_tokens(networks: Networks) -> int:
 
 def _sd3(networks: Networks, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     config = networks.denoiser.config
-    tokens = _text_tokens(networks) + SD3_TOKENS
+    tokens = _text_tokens(networks) + (networks.t5_tokens or sd3.T5_TOKENS)
     return {
         "hidden_states": _empty(rows, *networks.latent_shape, dtype=dtype),
         "timestep": _empty(rows, dtype=dtype),
@@ -186,13 +196,14 @@ def _flux(networks: Networks, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     config = networks.denoiser.config
     _, height, width = networks.latent_shape
     patches = math.ceil(height / 2) * math.ceil(width / 2)
+    tokens = networks.t5_tokens or flux.T5_TOKENS
     found = {
         "hidden_states": _empty(rows, patches, config.in_channels, dtype=dtype),
         "timestep": _empty(rows, dtype=dtype),
-        "encoder_hidden_states": _empty(rows, FLUX_TOKENS, config.joint_attention_dim, dtype=dtype),
+        "encoder_hidden_states": _empty(rows, tokens, config.joint_attention_dim, dtype=dtype),
         "pooled_projections": _empty(rows, config.pooled_projection_dim, dtype=dtype),
         "img_ids": _empty(patches, 3, dtype=dtype),
-        "txt_ids": _empty(FLUX_TOKENS, 3, dtype=dtype),
+        "txt_ids": _empty(tokens, 3, dtype=dtype),
     }
     if config.guidance_embeds:
         found["guidance"] = _empty(rows, dtype=dtype)
