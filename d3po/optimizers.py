@@ -74,7 +74,6 @@ def build_optimizer(
     return Offloaded(parameters, build) if offload else build(parameters)
 
 
-<<<<<<< HEAD
 # What each kind alone keeps for a weight.
 _MARKS: dict[str, Kind] = {"exp_avg": "adamw", "state1": "adamw_8bit", "RMS": "adafactor"}
 
@@ -83,7 +82,8 @@ def kind_of(state: Iterable[str]) -> Kind | None:
     """Whose state it is by its names, "<parameter number>.<name>"; None for an empty one."""
     found = {_MARKS[name] for name in (key.rpartition(".")[2] for key in state) if name in _MARKS}
     return found.pop() if found else None
-=======
+
+
 def state_bytes(kind: Kind, shapes: Iterable[Sequence[int]]) -> float:
     """What the state of an optimizer of weights of these shapes takes, single numbers aside."""
     return sum(_state_of_one(kind, shape) for shape in shapes)
@@ -98,7 +98,6 @@ def _state_of_one(kind: Kind, shape: Sequence[int]) -> float:
     if kind == "adamw_8bit" and count >= SMALLEST_8BIT:
         return 2.0 * (count + 4 * math.ceil(count / BLOCK_8BIT))
     return 8.0 * count
->>>>>>> mend-preflight
 
 
 class Offloaded(torch.optim.Optimizer):
