@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fifa.terminal import File, Settings, config_of, progress_shown, share_text, table
+
+if TYPE_CHECKING:
+    from fifa.bench import Share
 
 reward_app = typer.Typer(
     no_args_is_help=True,
@@ -55,6 +58,8 @@ def reward_fit(
     print(
         f"agrees with {share_text(card.accuracy)} of {card.accuracy.pairs:,} held-out strict pairs"
     )
+    if doubt := doubt_about(card.accuracy):
+        print(f"warning: {doubt}")
     print(f"model card in {out / PAGE}")
 
 
@@ -248,6 +253,17 @@ def reward_bench(
         for reason, count in standing.set_aside.items():
             print(f"{standing.reward}: set aside, {count:,} pairs: {reason}")
     print(write_leaderboard(found, out or bench))
+
+
+def doubt_about(accuracy: Share) -> str:
+    """What to be wary of in a share of held-out pairs; "" for nothing."""
+    if not accuracy.pairs:
+        return "no pair was held out, so nobody knows whether it is right"
+    if accuracy.high < 0.5:
+        return "it is worse than chance: are winners and losers exchanged, in pairs or in ratings?"
+    if accuracy.low < 0.5:
+        return "by so few pairs it cannot be told from chance"
+    return ""
 
 
 def _listed(options: Mapping[str, str | None], settings: list[str] | None) -> list[str]:

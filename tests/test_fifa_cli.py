@@ -10,8 +10,10 @@ import pytest
 from pair_files import write_pairs
 from typer.testing import CliRunner
 
+from fifa.bench import share
 from fifa.cli import app
 from fifa.filtering import SelectConfig
+from fifa.reward_cli import doubt_about
 from fifa.terminal import config_of, plain_lines
 
 
@@ -123,3 +125,12 @@ def test_plain_progress_begins_ends_and_is_quiet_between(
     assert len(lines) == 2
     assert lines[0] == "scoring: 0 of 100"
     assert lines[1].startswith("scoring: 100 of 100")
+
+
+@pytest.mark.parametrize(
+    ("right", "pairs", "part"),
+    [(0, 40, "worse than chance"), (22, 40, "cannot be told from chance"), (0, 0, "nobody knows")],
+)
+def test_a_proxy_that_may_be_wrong_is_doubted(right: int, pairs: int, part: str) -> None:
+    assert part in doubt_about(share(right, pairs))
+    assert doubt_about(share(36, 40)) == ""

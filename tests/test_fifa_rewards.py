@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +131,16 @@ def test_rank_average_does_not_depend_on_the_batch() -> None:
     reward = RankAverage.fitted([Brightness()], [1.0], images(50, seed=1), [""] * 50)
     batch = images()
     assert torch.equal(reward(batch, PROMPTS)[2:3], reward(batch[2:3], ["c"]))
+
+
+@pytest.mark.parametrize(("returned", "kind"), [([0.5, 0.5], "list"), (3, "int"), (None, "None")])
+def test_what_is_no_tensor_is_one_sentence(returned: object, kind: str) -> None:
+    class Broken(Brightness):
+        def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> Any:
+            return returned
+
+    with pytest.raises(InputError, match=f"returned a {kind}.*, it must be a tensor, float32"):
+        score_images(Broken(), images(2), ["a", "b"])
 
 
 def test_a_reward_of_the_working_directory_is_found(

@@ -284,6 +284,12 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path) -> None:
         run(data, tmp_path / "out")
 
 
+def test_a_folder_of_something_else_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"shards": 3}')
+    with pytest.raises(InputError, match="holds something else than scores; `fifa score`"):
+        read_manifest(tmp_path)
+
+
 def test_nothing_is_left_over(tmp_path: Path) -> None:
     run(write_pairs(tmp_path / "a.parquet", 10), tmp_path / "out")
     (embeddings,) = (tmp_path / "out").glob("embeddings-*")

@@ -678,3 +678,18 @@ def test_grouped_keeps_the_order_of_arrival_or_of_names() -> None:
     rows = [("b", 1), ("a", 2), ("b", 3), ("\udcff", None), ("a", [4])]
     assert list(grouped(rows)) == [("b", [1, 3]), ("a", [2, [4]]), ("\udcff", [None])]
     assert [key for key, _ in grouped(rows, by_name=True)] == ["a", "b", "\udcff"]
+
+
+def test_ties_and_people_of_chosen_and_rejected(tmp_path: Path) -> None:
+    for name, tie, who in (("guessed", "tie", "annotator"), ("given", "even", "rater")):
+        (tmp_path / name).mkdir()
+        for side in ("a", "b"):
+            (tmp_path / name / f"{side}.png").write_bytes(image(ord(side)))
+        base = {"prompt": "p", "winner": "a.png", "loser": "b.png"}
+        records = [{**base, tie: value, who: i} for i, value in enumerate([True, False, None, "1"])]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / name / "x.jsonl").write_text(lines)
+        options = {} if name == "guessed" else {"tie": tie, "user": who}
+        rows = converted(tmp_path / name, "jsonl", tmp_path / name / "x.jsonl", **options)
+        assert [row.outcome for row in rows] == ["tie", "a", "a", "tie"]
+        assert [row.who for row in rows] == ["0", "1", "2", "3"]

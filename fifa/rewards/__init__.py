@@ -214,9 +214,14 @@ def score_pictures(
     return score_images(reward, to_batch(pictures), prompts)
 
 
-def _checked(reward: Reward, scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+def _checked(reward: Reward, scores: object, prompts: Sequence[str]) -> torch.Tensor:
     import torch
 
+    if not isinstance(scores, torch.Tensor):
+        raise BrokenRewardError(
+            f"reward '{reward.name}' returned a {type(scores).__name__}, it must be a tensor, "
+            f"float32 ({len(prompts)},)"
+        )
     if scores.shape != (len(prompts),) or scores.dtype != torch.float32:
         raise BrokenRewardError(
             f"reward '{reward.name}' returned {scores.dtype} {tuple(scores.shape)}, "

@@ -233,8 +233,12 @@ def read_manifest(folder: Path, must_be_complete: bool = True) -> dict[str, Any]
         raise InputError(
             f"{folder} holds no scores (no {MANIFEST}); run `fifa score` first"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged; delete the folder and score again") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged; score into another folder") from None
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{folder} holds something else than scores; `fifa score` makes them of a pair table"
+        ) from None
     if must_be_complete and not complete:
         raise InputError(
             f"the scores in {folder} are not complete; run `fifa score` again to finish"

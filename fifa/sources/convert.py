@@ -37,7 +37,7 @@ from fifa.pairs import IMAGE_COLUMNS, MAX_PROMPT, BadRow, Judgment, RowError, ch
 from fifa.sources import load_source
 from fifa.sources.reading import Found, ReadOptions, set_aside, shown
 
-VERSION = 2  # raised whenever the same source would give another table
+VERSION = 3  # raised whenever the same source would give another table
 
 Progress = Callable[[str, int, int], None]  # stage, rows done, rows in all (0: not known)
 

@@ -44,6 +44,10 @@ class ReadOptions(Config):
     label: str | None = Field(
         None, description="Column that says which is better (0, 1, 0.5), or for kto: good or bad."
     )
+    tie: str | None = Field(
+        None, description="Column that says, beside a better and a worse picture, that none is."
+    )
+    user: str | None = Field(None, description="Column of the person who judged.")
     prompts: Path | None = Field(
         None, description="File of prompts for folders: NAME, a tab, the prompt, one a line."
     )

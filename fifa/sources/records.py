@@ -32,6 +32,8 @@ _FIRSTS = ("image_0", "image0", "jpg_0", "image_a", "image1_path", "path1")
 _SECONDS = ("image_1", "image1", "jpg_1", "image_b", "image2_path", "path2")
 _SINGLES = ("file_path", "image", "image_path", "path", "file_name", "image_0")
 _LABELS = ("label", "preference", "choice", "winner_index")
+_TIES = ("tie", "is_tie")
+_USERS = ("user_id", "annotator_id", "worker_id", "user", "annotator", "worker")
 _LABEL_PAIRS = (("label_0", "label_1"), ("prefer_0", "prefer_1"))  # higher is better
 
 _TIES_AND_LETTERS: dict[str, Outcome] = {"0.5": "tie", "tie": "tie", "a": "a", "b": "b"}
@@ -57,8 +59,9 @@ def jsonl(path: str, options: ReadOptions) -> Iterator[Found]:
     """JSON lines: prompt with chosen and rejected, or image_0, image_1 and label; paths or base64.
 
     A label is the number of the better picture (0 or 1; 1 or 2 beside image1_path and image2_path),
-    or 0.5 for a tie; label_0 and label_1 are Pick-a-Pic's. Names are guessed, or given by `prompt`,
-    `win`, `lose`, `image_0`, ..., which go before guesses.
+    or 0.5 for a tie; label_0 and label_1 are Pick-a-Pic's; beside chosen and rejected a tie may be
+    told by `tie`. Who judged is in user_id or the like. Names are guessed, or given by `prompt`,
+    `win`, `lose`, `tie`, `user`, `image_0`, ..., which go before guesses.
     """
     file = existing(path, "a file of JSON lines")
     folder = options.images or file.parent
@@ -108,7 +111,7 @@ def _judgment(
         image_a=picture(record[columns.first], folder, where),
         image_b=picture(record[columns.second], folder, where),
         outcome=_outcome(record, columns, where, options),
-        who=known(record.get("user_id")),
+        who=known(record.get(columns.user or "")),
         when=known(record.get("created_at")),
         where=where,
         model_a=str(record.get("model_0") or ""),
@@ -132,6 +135,8 @@ class _Columns(NamedTuple):
     first: str  # picture
     second: str
     labels: tuple[str, ...]  # one, or two of which the higher wins; none where the first has won
+    tie: str | None  # says that the first has not won after all
+    user: str | None
 
 
 def _columns(names: Collection[str], where: str, options: ReadOptions) -> _Columns:
@@ -141,10 +146,11 @@ def _columns(names: Collection[str], where: str, options: ReadOptions) -> _Colum
     if ordered and labelled:
         raise InputError("give win and lose, or image_0, image_1 and label, not both")
     prompt = _needed(names, options.prompt, _PROMPTS, where, "the prompt is missing or no text")
+    user = _name(names, options.user, _USERS, where)
     win = _name(names, options.win, _WINS, where)
     lose = _name(names, options.lose, _LOSES, where)
     if win and lose and not labelled:
-        return _Columns(prompt, win, lose, ())
+        return _Columns(prompt, win, lose, (), _name(names, options.tie, _TIES, where), user)
     first = _name(names, options.image_0, _FIRSTS, where)
     second = _name(names, options.image_1, _SECONDS, where)
     if not first or not second or ordered:
@@ -152,9 +158,9 @@ def _columns(names: Collection[str], where: str, options: ReadOptions) -> _Colum
         raise RowError(where, "the names of the pictures are not known", detail)
     for pair in _LABEL_PAIRS:
         if not options.label and all(name in names for name in pair):
-            return _Columns(prompt, first, second, pair)
+            return _Columns(prompt, first, second, pair, None, user)
     label = _needed(names, options.label, _LABELS, where, "the label is missing or wrong")
-    return _Columns(prompt, first, second, (label,))
+    return _Columns(prompt, first, second, (label,), None, user)
 
 
 def _name(
@@ -190,7 +196,7 @@ def _outcome(
 ) -> Outcome:
     values = [record[name] for name in columns.labels]
     if not values:
-        return "a"
+        return "tie" if columns.tie and _score(record[columns.tie] or 0, where) > 0 else "a"
     if len(values) == 2:
         return outcome_of(*(_score(value, where) for value in values))
     guessed = not (options.image_0 or options.image_1)
