@@ -215,7 +215,8 @@ def select(
     told = ", ".join(
         f"{name} {value:.3f}" for name, value in summary.f.items() if value is not None
     )
-    print(f"f(S) at {summary.kept:,} pairs: {told}")
+    if told:
+        print(f"f(S) at {summary.kept:,} pairs: {told}")
     if summary.agreement is not None:
         print(f"reward and people agree on {summary.agreement:.1%} of the kept")
     print(summary.out / KEPT)
