@@ -265,6 +265,21 @@ def test_a_round_where_nobody_is_liked_has_no_update(start: Start, run: Run) -> 
     assert result == {"images": 0.0, "skipped": 0.0}
 
 
+@pytest.mark.parametrize(("name", "times"), [("kto", 1), ("sppo", 1), ("dpok", 2), ("ddpo", 0)])
+def test_the_reference_comes_once_an_update_however_small_the_chunks(
+    start: Start, run: Run, monkeypatch: pytest.MonkeyPatch, name: str, times: int
+) -> None:
+    learner, source = start(name, micro_batch=1, inner_epochs=2)
+    came, reference = [], learner.policy.reference
+    monkeypatch.setattr(learner.policy, "reference", lambda: came.append(1) or reference())
+    chunks = 0
+    for update in source.round(0).updates:
+        chunks += len(update.chunks)
+        train_step(learner, update, run, 0)
+    assert chunks > 2 * times  # DPOK's KL wants its means again in the second epoch
+    assert len(came) == times
+
+
 @pytest.mark.parametrize("name", ["kto", "ddpo", "dpok", "reward_weighted", "sppo"])
 def test_an_idle_process_walks_without_a_term(start: Start, run: Run, name: str) -> None:
     learner, source = start(name)
