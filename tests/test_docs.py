@@ -41,7 +41,7 @@ SMALLER = {
     "online.groups=1 online.images=4 sampler.steps=5 online.step_count=1 --pairs 2 --bench-seeds 0 "
     "--images 1 --prompts 2 --rewards oracle mini",
     r"--steps 60": "--steps 1",
-    r"--seeds 0 1 2( 3)?": "--seeds 0",
+    r"--seeds 0 1( 2)?( 3)?": "--seeds 0",
     r"(benchmarks/inversion\.py) --pictures 64": r"\1 --pictures 2 --steps 2 --calls 1",
     r"(benchmarks/judging\.py) --turns 3": r"\1 --turns 1 --groups 2 --steps 2 --shares 1",
     r"(benchmarks/filter\.py)": r"\1 --small",
