@@ -86,3 +86,8 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tiny_sd(tmp_path: Path) -> Callable[..., Path]:
     """`make_tiny_sd(name, **overrides)` builds a tiny model folder of its own for one test."""
     return lambda name, **overrides: build_tiny_sd(tmp_path / name, **overrides)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The documents first: their commands take minutes, and one process would end alone with them."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
