@@ -89,5 +89,5 @@ def make_tiny_sd(tmp_path: Path) -> Callable[..., Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The documents first: their commands take minutes, and one process would end alone with them."""
+    """The documents first: their commands take minutes, and would be the last to end."""
     items.sort(key=lambda item: item.path.name != "test_docs.py")
