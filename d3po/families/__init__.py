@@ -215,7 +215,10 @@ def _index(source: str) -> dict[str, Any]:
         if not index.is_file():
             raise InputError(f"{source} is no diffusers folder: it has no model_index.json")
     elif source.startswith(("/", ".", "~")):
-        raise InputError(f"model {source}: there is no such folder")
+        raise InputError(
+            f"model {source}: there is no such folder (expected 'mini', the path of a diffusers "
+            "folder, one safetensors file, or a Hub id)"
+        )
     else:
         index = _hub_file(source, "model_index.json")
     try:
