@@ -280,6 +280,12 @@ def test_a_handful_of_prompts_decides_nothing_and_small_changes_are_seen() -> No
     )
 
 
+def test_equal_numbers_have_no_needless_digits() -> None:
+    equal = _judge("oracle", 0.734375, 0.734375, 0.0, 0.0)
+    told = verdict(_evaluation(equal), [])
+    assert told.summary == "No clear difference by oracle (0.734 to 0.734)."
+
+
 def test_a_loss_by_the_judge_trained_on_and_a_collapse_are_told() -> None:
     told = verdict(_evaluation(DOWN, diversity=(0.05, 0.2)), ["oracle"])
     assert "went the wrong way" in told.warnings[0]

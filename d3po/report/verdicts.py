@@ -65,11 +65,12 @@ def verdict(evaluation: Evaluation, trained_on: Sequence[str]) -> Verdict:
 
 
 def _change(judge: JudgeResult) -> str:
-    """'oracle (0.61 to 0.72)', with as many digits as tell the two apart, up to six."""
-    digits = next(
-        (n for n in (3, 4, 5) if f"{judge.reference:.{n}g}" != f"{judge.policy:.{n}g}"), 6
-    )
-    return f"{judge.judge} ({judge.reference:.{digits}g} to {judge.policy:.{digits}g})"
+    """'oracle (0.61 to 0.72)', with as many digits as tell the two apart; three if six do not."""
+    for digits in (3, 4, 5, 6, 3):
+        before, after = f"{judge.reference:.{digits}g}", f"{judge.policy:.{digits}g}"
+        if before != after:
+            break
+    return f"{judge.judge} ({before} to {after})"
 
 
 def _hacking(proxy: JudgeResult, lost: Sequence[JudgeResult]) -> str:
