@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fifa.config import INTERRUPTED, InputError, calm_libraries, print_any_text, write_atomic
+from fifa.config import InputError, write_atomic
+from fifa.terminal import run_app
 
 app = typer.Typer(
     help="Preference fine-tuning of diffusion models. `d3po demo` shows all of it in minutes.",
@@ -367,18 +368,8 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point: bad input is one sentence on stderr and exit code 2."""
-    calm_libraries()
-    print_any_text()
-    try:
-        app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-        raise
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of the console script."""
+    run_app(app)
 
 
 if __name__ == "__main__":

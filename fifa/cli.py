@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fifa.config import INTERRUPTED, InputError, calm_libraries, print_any_text
 from fifa.reward_cli import reward_app
-from fifa.terminal import File, Settings, config_of, progress_shown, share_text, table
+from fifa.terminal import File, Settings, config_of, progress_shown, run_app, share_text, table
 
 if TYPE_CHECKING:
     from fifa.bench import Quarter
@@ -29,18 +27,8 @@ app.add_typer(reward_app, name="reward")
 
 
 def main() -> None:
-    """Entry point of the console script: bad input is one line on stderr and exit code 2."""
-    calm_libraries()
-    print_any_text()
-    try:
-        app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-        raise
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of the console script."""
+    run_app(app)
 
 
 @app.command(epilog="Example: `fifa world --rows 20000 --out runs/pairs`")

@@ -345,9 +345,6 @@ def quiet_libraries() -> Iterator[None]:
         logging.disable(before)
 
 
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
-
-
 # ---- files --------------------------------------------------------------------------------------
 
 

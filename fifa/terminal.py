@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from fifa.config import Config, load_config
+from fifa.config import Config, InputError, calm_libraries, load_config, print_any_text
 
 if TYPE_CHECKING:
     from fifa.bench import Share
@@ -24,6 +24,24 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, see `fifa settings`."),
 ]
 File = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+
+
+INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a console script: bad input is one line on stderr and exit code 2, Ctrl-C a line too."""
+    calm_libraries()
+    print_any_text()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("interrupted; type the same command again", file=sys.stderr)
+        raise
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def config_of(

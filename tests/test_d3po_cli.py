@@ -11,6 +11,7 @@ import torch
 
 from d3po import recipe
 from d3po.cli import main
+from fifa.config import InputError
 from fifa.images import decode
 
 
@@ -86,7 +87,7 @@ def test_evaluate_judges_as_the_training_did(
         tmp_path / "e.json",
     ]
     judges = "jpeg_incompressibility,jpeg_compressibility"
-    assert d3po(monkeypatch, "evaluate", run, *options, "--judges", judges) == 0
+    assert d3po(monkeypatch, "evaluate", run, *options, "--judges", judges.replace(",", ", ")) == 0
     found = json.loads((tmp_path / "e.json").read_text())
     assert [judge["judge"] for judge in found["judges"]] == judges.split(",")
     assert (found["prompts"], found["images"], found["seed"]) == (1, 3, 9)
@@ -135,6 +136,10 @@ def test_export_takes_the_average_or_the_live_weights(
     [
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["export", "nowhere", "--out", "x"], "nowhere is not a run folder"),
+        # what can be said before anything is loaded
+        (["export", "nowhere", "--to", "kohia", "--out", "x"], "did you mean 'kohya'"),
+        (["export", "nowhere", "--out", "."], ". is there already"),
+        (["train"], "name a config"),
         (["sample", "nowhere/at/all/x", "--prompt", "a"], "nowhere/at/all/x"),
         (["sample", "nowhere"], "nothing to draw"),
         (["sample", "nowhere", "--prompts", "no.txt"], "cannot read prompts from no.txt"),
@@ -155,3 +160,27 @@ def test_bad_input_is_one_sentence(
     assert sentence in line
     assert list(tmp_path.iterdir()) == []
     assert torch.is_grad_enabled()
+
+
+def test_every_key_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert d3po(monkeypatch, "train", "--keys") == 0
+    assert "optim.learning_rate = 3e-05  (float)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_by_default_the_device_is_a_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, there: bool, device: str
+) -> None:
+    opened: list[str] = []
+
+    def load_run(run: Path, device: str) -> None:
+        opened.append(device)
+        raise InputError("seen enough")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(recipe, "load_run", load_run)
+    assert d3po(monkeypatch, "evaluate", "x") == 2
+    assert d3po(monkeypatch, "evaluate", "x", "--device", "cuda:1") == 2
+    assert opened == [device, "cuda:1"]

@@ -437,19 +437,24 @@ def entries(cache: PairCache) -> list[str]:
     return sorted(p.name for p in cache.folder.parent.iterdir() if p.name[:6] != ".lock-")
 
 
-def kept_often(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def encoding(
+    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, PairCache, OfflineConfig]:
+    """A family, the cache that it made without a stop, and the settings of another like it."""
     monkeypatch.setattr("d3po.pair_cache.KEPT_EVERY", 5)
     monkeypatch.setattr("d3po.pair_cache.TEXTS", 5)
+    family = load_family(tiny_sd)
+    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
+    return family, whole, config_of(tmp_path / "part", mixed_rows())
 
 
 @pytest.mark.parametrize(("call", "stops"), [("encode_images", 4), ("encode_text", 3)])
 def test_encoding_goes_on_where_it_was_stopped(
-    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch, call: str, stops: int
+    encoding: Any, run: Run, monkeypatch: pytest.MonkeyPatch, call: str, stops: int
 ) -> None:
-    kept_often(monkeypatch)
-    family: Any = load_family(tiny_sd)
-    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
-    config, own, calls = config_of(tmp_path / "part", mixed_rows()), getattr(family, call), 0
+    family, whole, config = encoding
+    own, calls = getattr(family, call), 0
 
     def stopping(given: Any) -> Any:
         nonlocal calls
@@ -473,12 +478,9 @@ def test_encoding_goes_on_where_it_was_stopped(
 
 
 def test_encoding_survives_a_kill_and_leaves_nothing_behind(
-    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    encoding: Any, tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept_often(monkeypatch)
-    family: Any = load_family(tiny_sd)
-    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
-    config = config_of(tmp_path / "part", mixed_rows())
+    family, whole, config = encoding
     making = Path(config.cache) / f".making-{whole.folder.name}"
     old = making.with_name(f".tmp-0123abcd-{whole.folder.name}")  # of versions that began anew
     old.mkdir(parents=True)
@@ -533,12 +535,9 @@ def rows_kept(making: Path) -> int:
 
 
 def test_a_cache_in_the_making_that_lost_a_file_is_made_anew(
-    tmp_path: Path, tiny_sd: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    encoding: Any, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept_often(monkeypatch)
-    family: Any = load_family(tiny_sd)
-    whole = cached_pairs(config_of(tmp_path / "whole", mixed_rows()), family, run)
-    config = config_of(tmp_path / "part", mixed_rows())
+    family, whole, config = encoding
     own = family.encode_text
     with monkeypatch.context() as patch:
         patch.setattr(family, "encode_text", lambda texts: own(texts) if texts == [""] else stop())

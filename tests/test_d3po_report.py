@@ -24,7 +24,7 @@ from d3po.policy import PolicyConfig
 from d3po.recipe import TrainConfig, load_run, train
 from d3po.report import write_report
 from d3po.report.filtering import hidden_truth
-from d3po.report.plots import curves, running_mean, win_rates
+from d3po.report.plots import curves, html_win_rates, running_mean, win_rates
 from d3po.report.record import read_run
 from d3po.report.sheets import Sheet, draw, html_sheets
 from d3po.report.verdicts import Verdict, judge_meaning, verdict
@@ -177,7 +177,15 @@ def test_win_rates_leave_out_judges_who_saw_no_difference(run: Path) -> None:
     tied = replace(UP, judge="blind", win_rate=None, win_rate_interval=None)
     judged = replace(record, evaluation=_evaluation(UP, tied))
     alone = replace(record, evaluation=None)
-    assert win_rates([judged, alone]) == [("first: jpeg_compressibility", 0.75, (0.3, 0.95))]
+    assert win_rates([judged, alone]) == [("first: jpeg_compressibility", 0.75, (0.3, 0.95), True)]
+
+
+def test_a_plot_of_few_prompts_is_grey(run: Path) -> None:
+    worse = replace(UP, win_rate=0.1, win_rate_interval=(0.05, 0.3))
+    for prompts, coloured in ((7, False), (8, True)):
+        evaluation = replace(_evaluation(worse), prompts=prompts)
+        drawn = html_win_rates([replace(read_run(run), evaluation=evaluation)])
+        assert ("#d9603f" in drawn) is coloured
 
 
 def test_a_younger_evaluation_counts_and_an_older_one_does_not(run: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from pair_files import write_pairs
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from fifa.bench import share
 from fifa.cli import app
 from fifa.filtering import SelectConfig
 from fifa.reward_cli import doubt_about
-from fifa.terminal import config_of, plain_lines
+from fifa.terminal import config_of, plain_lines, run_app
 
 
 def fifa(*args: object) -> subprocess.CompletedProcess[str]:
@@ -134,3 +135,18 @@ def test_plain_progress_begins_ends_and_is_quiet_between(
 def test_a_proxy_that_may_be_wrong_is_doubted(right: int, pairs: int, part: str) -> None:
     assert part in doubt_about(share(right, pairs))
     assert doubt_about(share(36, 40)) == ""
+
+
+def test_ctrl_c_is_a_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["work"])
+    with pytest.raises(SystemExit, match="130"):
+        run_app(app)
+    assert capsys.readouterr().err == "interrupted; type the same command again\n"

@@ -143,20 +143,6 @@ def test_what_is_no_tensor_is_one_sentence(returned: object, kind: str) -> None:
         score_images(Broken(), images(2), ["a", "b"])
 
 
-def test_a_reward_of_the_working_directory_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "lab_of_mine.py").write_text(
-        "class Red:\n"
-        "    name, differentiable = 'red', True\n"
-        "    def __call__(self, images, prompts):\n"
-        "        return images[:, 0].mean((1, 2))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    assert load_reward("lab_of_mine:Red").name == "red"
-
-
 @pytest.mark.parametrize(
     ("spec", "part"),
     [
@@ -174,7 +160,7 @@ def test_what_is_no_reward_is_one_sentence(spec: str, part: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_outside_code_plugs_in_with_arguments(
+def test_outside_code_of_the_working_directory_plugs_in_with_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_scorer.py").write_text(
@@ -184,7 +170,8 @@ def test_outside_code_plugs_in_with_arguments(
         "    def __call__(self, images, prompts):\n"
         "        return images.new_full((len(images),), self.value)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
     assert load_reward("my_scorer:Flat", value=3.0)(images(), PROMPTS).tolist() == [3.0] * 4
     with pytest.raises(InputError, match="unexpected keyword argument 'colour'"):
         load_reward("my_scorer:Flat", colour="red")

@@ -680,6 +680,12 @@ def test_grouped_keeps_the_order_of_arrival_or_of_names() -> None:
     assert [key for key, _ in grouped(rows, by_name=True)] == ["a", "b", "\udcff"]
 
 
+def test_a_tie_beside_a_label_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,image_0,image_1,label,even\np,a.png,b.png,0,1\n")
+    with pytest.raises(InputError, match="tie goes with win and lose"):
+        converted(tmp_path, "csv", tmp_path / "x.csv", tie="even")
+
+
 def test_ties_and_people_of_chosen_and_rejected(tmp_path: Path) -> None:
     for name, tie, who in (("guessed", "tie", "annotator"), ("given", "even", "rater")):
         (tmp_path / name).mkdir()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d3po.health.verdicts import FEWEST_PROMPTS
 from d3po.report.record import RunRecord
 from fifa.report import html_plot, html_text
 
@@ -93,10 +94,19 @@ def running_mean(values: NDArray[np.float64], half: int) -> NDArray[np.float64]:
 # ---- win rates ----------------------------------------------------------------------------------
 
 
-def win_rates(records: Sequence[RunRecord]) -> list[tuple[str, float, tuple[float, float]]]:
-    """(run: judge, win rate, 95% interval) of all judges that saw a difference."""
+WinRate = tuple[str, float, tuple[float, float], bool]
+"""run: judge, win rate, 95% interval, whether there are prompts enough to say who is better."""
+
+
+def win_rates(records: Sequence[RunRecord]) -> list[WinRate]:
+    """Those of all judges that saw a difference."""
     return [
-        (f"{record.name}: {judge.judge}", judge.win_rate, judge.win_rate_interval)
+        (
+            f"{record.name}: {judge.judge}",
+            judge.win_rate,
+            judge.win_rate_interval,
+            record.evaluation.prompts >= FEWEST_PROMPTS,
+        )
         for record in records
         if record.evaluation
         for judge in record.evaluation.judges
@@ -114,11 +124,13 @@ def html_win_rates(records: Sequence[RunRecord]) -> str:
     figure = Figure(figsize=(9, 0.6 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(50, color="#8b8d98", linewidth=1, linestyle=(0, (4, 3)))
-    for place, (_, rate, (low, high)) in enumerate(rows):
-        colour = "#2f9e6e" if low > 0.5 else "#d9603f" if high < 0.5 else "#8b8d98"
+    for place, (_, rate, (low, high), enough) in enumerate(rows):
+        colour = "#8b8d98"
+        if enough and not low <= 0.5 <= high:
+            colour = "#2f9e6e" if low > 0.5 else "#d9603f"
         axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=3)
         axes.plot([100 * rate], [place], "o", color=colour, markersize=7)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     title = "how often a judge prefers the picture after training, % (95% interval; 50: no change)"

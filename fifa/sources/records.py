@@ -151,6 +151,8 @@ def _columns(names: Collection[str], where: str, options: ReadOptions) -> _Colum
     lose = _name(names, options.lose, _LOSES, where)
     if win and lose and not labelled:
         return _Columns(prompt, win, lose, (), _name(names, options.tie, _TIES, where), user)
+    if options.tie:
+        raise InputError("tie goes with win and lose; a label says itself that there is one")
     first = _name(names, options.image_0, _FIRSTS, where)
     second = _name(names, options.image_1, _SECONDS, where)
     if not first or not second or ordered:
