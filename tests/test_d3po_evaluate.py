@@ -189,7 +189,7 @@ def test_the_evaluator_writes_numbers_and_a_grid(
     assert second.judges[0].difference != 0
     lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
     rows = [row for row in lines if row["kind"] == "eval"]  # health may have had something to say
-    assert [row["step"] for row in rows] == [0, 10]
+    assert [(row["step"], row["prompts"]) for row in rows] == [(0, 3), (10, 3)]
     assert rows[1]["judges"]["compressibility"]["policy"] == second.judges[0].policy
     grid = decode((run.folder.samples / "step-000010.png").read_bytes(), "grid")
     assert grid.shape[1] > 2 * 2 * 64

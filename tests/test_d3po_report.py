@@ -283,7 +283,7 @@ def test_a_handful_of_prompts_decides_nothing_and_small_changes_are_seen() -> No
     few = replace(_evaluation(UP, close), prompts=2)
     assert verdict(few, ["jpeg_compressibility"]) == Verdict(
         "2 prompts are too few to say who is better: jpeg_compressibility (-1.25 to -0.75), "
-        "neatness (0.5333 to 0.53334).",
+        "neatness (0.53330 to 0.53334).",
         (),
     )
 

@@ -256,7 +256,12 @@ def test_files_that_arrive_in_folders_below_the_source_are_noticed(tmp_path: Pat
     clone, pairs = clone_of(tmp_path / "clone"), named_pairs(tmp_path / "pairs")
     interrupted(clone / "out", clone, "pickapic")  # the table grows inside the source
     interrupted(tmp_path / "out", pairs, "folders")
-    shutil.copy(clone / "data" / "train-00003.parquet", clone / "data" / "train-00000.parquet")
+    last, late = (clone / "data" / f"train-{number}.parquet" for number in ("00003", "00009"))
+    shutil.copy(last, late)
+    with pytest.raises(InputError, match="unfinished conversion of other data or settings"):
+        run(clone / "out", clone, "pickapic", rows_per_shard=20)  # what was read is as it was
+    late.unlink()
+    shutil.copy(last, clone / "data" / "train-00000.parquet")
     for side in ("w", "l"):
         shutil.copy(pairs / side / "00.png", pairs / side / "000.png")
     for source, path, out in (

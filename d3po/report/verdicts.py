@@ -67,7 +67,8 @@ def verdict(evaluation: Evaluation, trained_on: Sequence[str]) -> Verdict:
 def _change(judge: JudgeResult) -> str:
     """'oracle (0.61 to 0.72)', with as many digits as tell the two apart; three if six do not."""
     for digits in (3, 4, 5, 6, 3):
-        before, after = f"{judge.reference:.{digits}g}", f"{judge.policy:.{digits}g}"
+        form = f".{digits}g" if digits == 3 else f"#.{digits}g"  # 6.300 to 6.302
+        before, after = f"{judge.reference:{form}}", f"{judge.policy:{form}}"
         if before != after:
             break
     return f"{judge.judge} ({before} to {after})"
